@@ -1,0 +1,115 @@
+"""portico: `socketserver` grown up.
+
+Every name of the standard library's `socketserver` is here and means the same, so
+``import portico as socketserver`` is all that a program needs.
+
+A server is an engine in front of a family::
+
+    class EchoServer(ThreadingMixIn, TCPServer): ...
+
+- families (the kind of socket): `TCPServer`, `UDPServer`, `UnixStreamServer`,
+  `UnixDatagramServer`; what they share is `BaseServer`;
+- engines (where a request runs): none, in the serving thread; `ThreadingMixIn`;
+  `ForkingMixIn`; and the combinations, from `ThreadingTCPServer` to
+  `ForkingUnixDatagramServer`;
+- handlers (what a program writes): `BaseRequestHandler`, `StreamRequestHandler`,
+  `DatagramRequestHandler`.
+
+What happens in a server can be watched: `portico.events`, `portico.logs`.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import sys
+import threading
+from io import BufferedIOBase
+from time import monotonic as time
+from types import ModuleType
+from typing import Any, Final
+
+from portico import acceptor, events, families, handlers, logs, server
+from portico.acceptor import _ServerSelector
+from portico.combinations import (
+    ForkingTCPServer,
+    ForkingUDPServer,
+    ForkingUnixDatagramServer,
+    ForkingUnixStreamServer,
+    ThreadingTCPServer,
+    ThreadingUDPServer,
+    ThreadingUnixDatagramServer,
+    ThreadingUnixStreamServer,
+)
+from portico.engines import forks, threads
+from portico.engines.forks import ForkingMixIn
+from portico.engines.threads import ThreadingMixIn, _NoThreads, _Threads
+from portico.errors import AddressError, ListenerError, PorticoError, SettingError
+from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
+from portico.handlers import (
+    BaseRequestHandler,
+    DatagramRequestHandler,
+    StreamRequestHandler,
+    _SocketWriter,
+)
+from portico.server import BaseServer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AddressError",
+    "BaseRequestHandler",
+    "BaseServer",
+    "DatagramRequestHandler",
+    "ForkingMixIn",
+    "ForkingTCPServer",
+    "ForkingUDPServer",
+    "ForkingUnixDatagramServer",
+    "ForkingUnixStreamServer",
+    "ListenerError",
+    "PorticoError",
+    "SettingError",
+    "StreamRequestHandler",
+    "TCPServer",
+    "ThreadingMixIn",
+    "ThreadingTCPServer",
+    "ThreadingUDPServer",
+    "ThreadingUnixDatagramServer",
+    "ThreadingUnixStreamServer",
+    "UDPServer",
+    "UnixDatagramServer",
+    "UnixStreamServer",
+    "events",
+    "logs",
+]
+
+_REPLACEABLE: Final = {
+    "BufferedIOBase": BufferedIOBase,
+    "_NoThreads": _NoThreads,
+    "_ServerSelector": _ServerSelector,
+    "_SocketWriter": _SocketWriter,
+    "_Threads": _Threads,
+    "os": os,
+    "selectors": selectors,
+    "socket": socket,
+    "sys": sys,
+    "threading": threading,
+    "time": time,
+}
+"""The names of `socketserver` beyond its interface that programs, and above all their tests,
+reach and replace through the module: ``mock.patch("socketserver.threading")``."""
+
+
+class _Face(ModuleType):
+    """A module that stands for several: what is replaced in it is replaced where it is used."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _REPLACEABLE:
+            for module in (acceptor, families, forks, handlers, server, threads):
+                if name in vars(module):
+                    setattr(module, name, value)
+
+
+sys.modules[__name__].__class__ = _Face

@@ -1,0 +1,44 @@
+"""Decide where a request runs.
+
+The contract.  An engine is a mix-in that owns the hook `process_request`: it is called in the
+acceptor, hands the request to a worker and returns.  The worker calls `serve` (below), which
+runs the request to its end and closes it.  An engine
+
+- extends `server_close`, `service_actions` and `handle_timeout` through ``super()``, and uses
+  nothing else of the server than documented hooks, so that it works in front of servers that
+  are not ours (``class Web(ThreadingMixIn, http.server.HTTPServer)``);
+- keeps its settings as class attributes;
+- may ask a server of ours to leave clients in the backlog while it is full
+  (`BaseServer.pause_accepting`).
+
+Modules of this folder replace each other; none imports another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portico.connection import ClientAddress, Request
+
+
+def serve(server: Any, request: Request, client_address: ClientAddress) -> bool:
+    """Run one request to its end in the calling worker, on a server of ours or of another.
+
+    Returns:
+        Whether the handler finished.
+
+    Raises:
+        BaseException: What `handle_error` raised, and what is no `Exception`.
+    """
+    serve_request = getattr(server, "serve_request", None)
+    if serve_request is not None:
+        return bool(serve_request(request, client_address))
+    try:
+        server.finish_request(request, client_address)
+    except Exception:
+        server.handle_error(request, client_address)
+        return False
+    else:
+        return True
+    finally:
+        server.shutdown_request(request)

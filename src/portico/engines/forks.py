@@ -1,0 +1,165 @@
+"""Serve each request in a child process of its own."""
+
+from __future__ import annotations
+
+import os
+import select
+import traceback
+from collections.abc import Collection
+from time import sleep
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
+
+from portico.connection import ClientAddress, Request
+from portico.engines import serve
+
+if TYPE_CHECKING:
+    from portico.server import BaseServer
+
+    _Base: TypeAlias = BaseServer
+else:
+    _Base = object
+
+LOOK_INTERVAL: Final = 0.05
+"""Seconds between two looks for a child that ended, at the limit, on systems without pidfds."""
+
+
+class ForkingMixIn(_Base):
+    """Serve each request in a child process of its own.
+
+    Owns `process_request` and `active_children`; extends `handle_timeout`, `service_actions` and
+    `server_close`.  It waits for its own children only, so the program may have others.
+    A child ends as by ``os._exit``: no exit handlers run and no buffers are flushed; its status
+    is 0 if the handler finished, 1 if it raised.
+    """
+
+    timeout: float | None = 300
+    """Seconds that `handle_request` waits before it collects children."""
+
+    max_children: int = 40
+    """Children at once; at this number clients wait in the backlog until one has ended."""
+
+    block_on_close: bool = True
+    """Whether `server_close` waits for the children, without limit."""
+
+    active_children: set[int] | None = None
+    """Process ids of the children that have not been collected; ``None`` before the first."""
+
+    _exits: tuple[int, ...] = ()
+    # A descriptor for each child, readable when it has ended; open while we are at the limit.
+
+    def collect_children(self, *, blocking: bool = False) -> None:
+        """Collect the children that have ended.
+
+        Args:
+            blocking: Whether to wait, without limit, until all have.
+        """
+        children = self.active_children
+        if not children:
+            return
+        for child in tuple(children):  # a copy: collecting removes it from the set
+            try:
+                ended, _ = os.waitpid(child, 0 if blocking else os.WNOHANG)
+            except ChildProcessError:  # somebody else has collected it
+                ended = child
+            if ended:
+                children.discard(child)
+        if len(children) < self.max_children:
+            self._leave_limit()
+        else:
+            self._rest_at_limit()
+
+    def handle_timeout(self) -> None:
+        """Collect the children that have ended."""
+        self.collect_children()
+        super().handle_timeout()
+
+    def service_actions(self) -> None:
+        """Collect the children that have ended."""
+        self.collect_children()
+        super().service_actions()
+
+    def process_request(self, request: Request, client_address: ClientAddress) -> None:
+        """Fork a child for the request.
+
+        Raises:
+            OSError: The system has no process left; the server then closes the request and
+                goes on.
+        """
+        self._wait_below_limit()
+        child = os.fork()
+        if child == 0:
+            self._serve_and_exit(request, client_address)
+        if self.active_children is None:
+            self.active_children = set()
+        self.active_children.add(child)
+        self.close_request(request)  # not shut down: the child uses the same connection
+        if len(self.active_children) >= self.max_children:
+            self._rest_at_limit()
+
+    def server_close(self) -> None:
+        """Close the listener, then wait for the children as `block_on_close` says."""
+        super().server_close()
+        self.collect_children(blocking=self.block_on_close)
+        self._close_exits()
+
+    def _serve_and_exit(self, request: Request, client_address: ClientAddress) -> NoReturn:
+        """Serve the request in the child, and end it whatever happens."""
+        status = 1
+        try:
+            if serve(self, request, client_address):
+                status = 0
+        except Exception:  # of handle_error: in this process nobody else would tell
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _rest_at_limit(self) -> None:
+        """Have a server of ours leave clients in the backlog until a child has ended."""
+        pause_accepting = getattr(self, "pause_accepting", None)
+        if pause_accepting is None:
+            return
+        self._close_exits()
+        self._exits = _open_exits(self.active_children or ())
+        if self._exits:
+            pause_accepting(until=self._exits)
+        else:
+            pause_accepting(LOOK_INTERVAL)
+
+    def _leave_limit(self) -> None:
+        if self._exits:
+            self.resume_accepting()
+            self._close_exits()
+
+    def _close_exits(self) -> None:
+        for descriptor in self._exits:
+            os.close(descriptor)
+        self._exits = ()
+
+    def _wait_below_limit(self) -> None:
+        """Make room for one more child; only a server that cannot rest comes here without."""
+        self.collect_children()
+        while self.active_children and len(self.active_children) >= self.max_children:
+            exits = _open_exits(self.active_children)
+            if exits:
+                select.select(exits, (), ())
+            else:
+                sleep(LOOK_INTERVAL)
+            for descriptor in exits:
+                os.close(descriptor)
+            self.collect_children()
+
+
+def _open_exits(children: Collection[int]) -> tuple[int, ...]:
+    """Open a pidfd for each child: readable when it has ended.
+
+    Returns nothing where the system has no pidfds, or none left.
+    """
+    exits: list[int] = []
+    if hasattr(os, "pidfd_open"):
+        try:
+            exits.extend(os.pidfd_open(child) for child in children)
+        except OSError:
+            for descriptor in exits:
+                os.close(descriptor)
+            exits.clear()
+    return tuple(exits)

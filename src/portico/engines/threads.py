@@ -1,0 +1,123 @@
+"""Serve each request in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from portico.connection import ClientAddress, Request
+from portico.engines import serve
+
+if TYPE_CHECKING:
+    from portico.server import BaseServer
+
+    _Base: TypeAlias = BaseServer
+else:
+    _Base = object
+
+REAP_AT: Final = 8
+"""Threads that may be remembered before the ones that ended are looked for.
+
+Looking costs a step for each remembered thread, so it is done when their number has doubled
+since the last time, not at every request."""
+
+
+class _Threads(list[threading.Thread]):
+    """The threads that a server has to wait for; daemons are not among them."""
+
+    def __init__(self, threads: Iterable[threading.Thread] = ()) -> None:
+        super().__init__(threads)
+        self._lock = threading.Lock()  # guards the list against two that reap at once
+        self._reap_at = REAP_AT
+
+    def append(self, thread: threading.Thread) -> None:
+        """Remember `thread`, unless it is a daemon."""
+        if thread.daemon:
+            return
+        with self._lock:
+            if len(self) >= self._reap_at:
+                self._reap()
+                self._reap_at = max(REAP_AT, 2 * len(self))
+            super().append(thread)
+
+    def pop_all(self) -> list[threading.Thread]:
+        """Forget all threads and return them."""
+        with self._lock:
+            threads = list(self)
+            self.clear()
+            return threads
+
+    def join(self) -> None:
+        """Wait for every thread but the calling one, without limit."""
+        here = threading.current_thread()
+        for thread in self.pop_all():
+            if thread is not here:
+                thread.join()
+
+    def reap(self) -> None:
+        """Forget the threads that have ended."""
+        with self._lock:
+            self._reap()
+
+    def _reap(self) -> None:
+        # One that has not been started yet counts: somebody is about to.
+        self[:] = [thread for thread in self if thread.is_alive() or thread.ident is None]
+
+
+class _NoThreads:
+    """Stands for `_Threads` on a server that waits for none."""
+
+    def append(self, thread: threading.Thread) -> None:
+        """Do nothing."""
+
+    def join(self) -> None:
+        """Do nothing."""
+
+    def pop_all(self) -> list[threading.Thread]:
+        """Return no thread."""
+        return []
+
+    def reap(self) -> None:
+        """Do nothing."""
+
+
+class ThreadingMixIn(_Base):
+    """Serve each request in a thread of its own.
+
+    Owns `process_request`, `process_request_thread` and `_threads`; extends `server_close`.
+    """
+
+    daemon_threads: bool = False
+    """Whether the program may end while requests are served.  Daemon threads are not waited for."""
+
+    block_on_close: bool = True
+    """Whether `server_close` waits for the threads that are no daemons, without limit."""
+
+    _threads: _Threads | _NoThreads = _NoThreads()
+
+    def process_request_thread(self, request: Request, client_address: ClientAddress) -> None:
+        """Serve the request; what the thread runs."""
+        serve(self, request, client_address)
+
+    def process_request(self, request: Request, client_address: ClientAddress) -> None:
+        """Start a thread for the request.
+
+        Raises:
+            RuntimeError: The system has no thread left; the server then closes the request
+                and goes on.
+        """
+        thread = threading.Thread(
+            target=self.process_request_thread, args=(request, client_address)
+        )
+        thread.daemon = self.daemon_threads
+        # Started first: a thread that could not be started is none to wait for.
+        thread.start()
+        if self.block_on_close and not thread.daemon and "_threads" not in vars(self):
+            vars(self).setdefault("_threads", _Threads())  # two may come here at once
+        self._threads.append(thread)
+
+    def server_close(self) -> None:
+        """Close the listener, then wait for the threads as `block_on_close` says."""
+        super().server_close()
+        self._threads.join()

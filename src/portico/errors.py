@@ -1,0 +1,42 @@
+"""Name what can go wrong, in words that say what would be right.
+
+Every error that portico raises derives from `PorticoError` and, where one fits, from the
+built-in that a program already catches.
+"""
+
+from __future__ import annotations
+
+
+class PorticoError(Exception):
+    """The root of every error that portico raises."""
+
+
+class SettingError(PorticoError, ValueError):
+    """A setting is outside its range.
+
+    Attributes:
+        name: The setting.
+        value: What it was given.
+        expected: What would be right.
+    """
+
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        super().__init__(f"{name}={value!r}: expected {expected}")
+        self.name, self.value, self.expected = name, value, expected
+
+
+class AddressError(PorticoError, ValueError):
+    """An address cannot be read.
+
+    Attributes:
+        address: The text that was given.
+        expected: What would be right.
+    """
+
+    def __init__(self, address: str, expected: str) -> None:
+        super().__init__(f"address={address!r}: expected {expected}")
+        self.address, self.expected = address, expected
+
+
+class ListenerError(PorticoError, OSError):
+    """A listener cannot do its work, for a reason that waiting does not mend."""

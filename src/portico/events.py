@@ -1,0 +1,249 @@
+"""Tell whoever listens what happens in a server.
+
+Owns the kinds of events and who subscribed to them.  An event is built only when somebody
+subscribed to its kind: the place that emits it asks first, which costs one attribute.
+
+    if ConnectionAccepted.subscribers:
+        emit(ConnectionAccepted(self, client_address))
+
+Subscribers run in the thread where the event happened, between two steps of a request, so
+they return soon and never wait for a peer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from threading import Lock
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+Subscriber: TypeAlias = "Callable[[Any], object]"
+_E = TypeVar("_E", bound="Event")
+
+_subscribing = Lock()  # guards every `Event.subscribers`
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a server; the root of all kinds.
+
+    Attributes:
+        server: The server object in which it happened.
+    """
+
+    subscribers: ClassVar[tuple[Subscriber, ...]] = ()
+    """Who listens to this kind; empty when nobody does.  Change it with `subscribe`."""
+
+    server: Any
+
+    def __init_subclass__(cls) -> None:
+        """Give each kind subscribers of its own: those of the kind that it refines."""
+        cls.subscribers = tuple(cls.subscribers)
+
+
+@dataclass(frozen=True)
+class ServerStarted(Event):
+    """`serve_forever` begins to accept."""
+
+
+@dataclass(frozen=True)
+class ServerStopped(Event):
+    """`serve_forever` ended, for whatever reason."""
+
+
+@dataclass(frozen=True)
+class ListenerBound(Event):
+    """A listener has its address.
+
+    Attributes:
+        address: What `getsockname` returns; its shape depends on the address family.
+    """
+
+    address: Any
+
+
+@dataclass(frozen=True)
+class ListenerLost(Event):
+    """The listener was closed or shut down while the server accepted from it; the loop ends.
+
+    Attributes:
+        error: What accepting raised; ``None`` when the server was closed by its own
+            `server_close`.
+    """
+
+    error: OSError | None
+
+
+@dataclass(frozen=True)
+class ConnectionAccepted(Event):
+    """A connection, or a datagram, came in.
+
+    Attributes:
+        peer: Its client address.
+    """
+
+    peer: Any
+
+
+class RefusalReason(StrEnum):
+    """Why a connection was refused."""
+
+    NOT_ADMITTED = "not admitted"
+    """`admit_request` said no."""
+    NOT_VERIFIED = "not verified"
+    """The program's own `verify_request` said no."""
+    FAILED = "failed"
+    """A hook raised before the request was handed to a worker."""
+
+
+@dataclass(frozen=True)
+class ConnectionRefused(Event):
+    """A connection, or a datagram, was closed before its handler was made.
+
+    Attributes:
+        peer: Its client address.
+        reason: Who refused it.
+    """
+
+    peer: Any
+    reason: RefusalReason
+
+
+class CloseReason(StrEnum):
+    """Why a connection ended."""
+
+    FINISHED = "finished"
+    """The handler returned."""
+    FAILED = "failed"
+    """The handler raised."""
+    PEER_GONE = "peer gone"
+    """The peer vanished while the handler used the connection."""
+    INTERRUPTED = "interrupted"
+    """`SystemExit`, `KeyboardInterrupt` or the like went through the handler."""
+
+
+@dataclass(frozen=True)
+class ConnectionClosed(Event):
+    """The worker is done with a connection, or with a datagram.
+
+    With `ForkingMixIn` it happens in the child process.
+
+    Attributes:
+        peer: Its client address.
+        reason: How its handler ended.
+        duration: Seconds from the moment that a worker took it.
+    """
+
+    peer: Any
+    reason: CloseReason
+    duration: float
+
+
+@dataclass(frozen=True)
+class HandlerFailed(Event):
+    """A handler, or a hook on the way to it, raised.  Told before `handle_error` is called.
+
+    Attributes:
+        peer: The client address.
+        error: What was raised.
+    """
+
+    peer: Any
+    error: Exception
+
+
+@dataclass(frozen=True)
+class PeerGone(Event):
+    """A handler failed only because its peer vanished.  Told before `handle_error` is called.
+
+    Attributes:
+        peer: The client address.
+        error: What was raised.
+    """
+
+    peer: Any
+    error: Exception
+
+
+@dataclass(frozen=True)
+class AcceptPaused(Event):
+    """The system has no descriptor or memory for another connection; accepting rests.
+
+    Told once until accepting works again.
+
+    Attributes:
+        error: What accepting raised.
+    """
+
+    error: OSError
+
+
+@dataclass(frozen=True)
+class AcceptResumed(Event):
+    """Accepting works again.
+
+    Attributes:
+        duration: Seconds since `AcceptPaused`.
+    """
+
+    duration: float
+
+
+@dataclass(frozen=True)
+class DatagramCut(Event):
+    """A datagram was longer than `max_packet_size`; its end is lost.
+
+    Attributes:
+        peer: Who sent it; ``None`` for an unbound Unix socket.
+        max_packet_size: Bytes that were kept.
+    """
+
+    peer: Any
+    max_packet_size: int
+
+
+def subscribe(callback: Callable[[_E], object], *kinds: type[_E]) -> Callable[[], None]:
+    """Call `callback` with every event of these kinds, in all servers of the process.
+
+    Callable from any thread.  What the callback raises is logged and stops nothing.
+
+    Args:
+        callback: Called with the event, in the thread where it happened.
+        *kinds: Classes of events; a class stands for all that refine it, and none stands
+            for all kinds.
+
+    Returns:
+        A function that ends the subscription; a second call does nothing.
+    """
+    wanted = tuple(dict.fromkeys(leaf for kind in kinds or (Event,) for leaf in _refinements(kind)))
+    with _subscribing:
+        for kind in wanted:
+            kind.subscribers += (callback,)
+
+    def unsubscribe() -> None:
+        nonlocal wanted
+        with _subscribing:
+            for kind in wanted:
+                remaining = list(kind.subscribers)
+                remaining.remove(callback)
+                kind.subscribers = tuple(remaining)
+            wanted = ()
+
+    return unsubscribe
+
+
+def emit(event: Event) -> None:
+    """Hand `event` to its subscribers.  Never raises what they raise."""
+    for callback in event.subscribers:
+        try:
+            callback(event)
+        except Exception:
+            logging.getLogger(__name__).exception("a subscriber of %s failed", type(event).__name__)
+
+
+def _refinements(kind: type[Event]) -> Iterator[type[Event]]:
+    yield kind
+    for refinement in kind.__subclasses__():
+        yield from _refinements(refinement)

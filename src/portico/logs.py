@@ -1,0 +1,67 @@
+"""Write what happens in a server to a logger.
+
+Owns the words and the level of each event.  The payload of a request is never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from portico import events
+from portico.events import Event
+
+LINES: Final[dict[type[Event], tuple[int, str]]] = {
+    events.ServerStarted: (logging.INFO, "{server} started"),
+    events.ServerStopped: (logging.INFO, "{server} stopped"),
+    events.ListenerBound: (logging.INFO, "{server} bound to {address}"),
+    events.ListenerLost: (logging.WARNING, "{server} stops: its listener was closed"),
+    events.ConnectionAccepted: (logging.DEBUG, "accepted {peer}"),
+    events.ConnectionRefused: (logging.INFO, "refused {peer}: {reason}"),
+    events.ConnectionClosed: (logging.DEBUG, "closed {peer} after {duration:.3f} s: {reason}"),
+    events.HandlerFailed: (logging.ERROR, "handler of {peer} failed: {error!r}"),
+    events.PeerGone: (logging.DEBUG, "{peer} went away: {error!r}"),
+    events.AcceptPaused: (logging.WARNING, "{server} pauses accepting: {error}"),
+    events.AcceptResumed: (logging.INFO, "{server} accepts again after {duration:.1f} s"),
+    events.DatagramCut: (
+        logging.WARNING,
+        "cut a datagram of {peer} to {max_packet_size} bytes (max_packet_size)",
+    ),
+}
+"""The level of each kind of event, and its line: a format string over the event's attributes.
+
+What every connection causes is told at debug level, so that the usual level costs nothing for
+each of them."""
+
+
+def attach(logger: logging.Logger | None = None) -> Callable[[], None]:
+    """Write events to `logger` from now on.
+
+    Only the kinds whose level the logger has enabled at this moment are subscribed to; the
+    others stay free of cost.  Callable from any thread.
+
+    Args:
+        logger: Where to write; ``None`` for the logger named ``portico``.
+
+    Returns:
+        A function that ends it.
+    """
+    target = logger if logger is not None else logging.getLogger("portico")
+
+    def write(event: Event) -> None:
+        level, line = LINES[type(event)]
+        # Formatted here, once: the logger would format it with %, which knows no attributes.
+        values = {name: _shown(value) for name, value in vars(event).items()}
+        target.log(level, "%s", line.format(**values))
+
+    return events.subscribe(
+        write, *(kind for kind, (level, _) in LINES.items() if target.isEnabledFor(level))
+    )
+
+
+def _shown(value: Any) -> Any:
+    """Return what stands for `value` in a line."""
+    if hasattr(value, "server_address"):
+        return f"{type(value).__name__} at {value.server_address}"
+    return value

@@ -1,0 +1,464 @@
+"""Run the hooks of a server in their order, and the loop that calls them.
+
+Owns the serving loop, what starts and stops it, and the one place where the life of a
+connection is closed (`BaseServer.serve_request`).  Leaves the kind of socket to the families
+(`portico.families`) and where a request runs to the engines (`portico.engines`).
+
+The path of one request::
+
+    get_request -> admit_request -> verify_request -> process_request        the acceptor
+        -> prepare_request -> finish_request -> (handle_error) -> shutdown_request   a worker
+
+Source: the documentation of `socketserver` for the names and their order; its observed
+behaviour for the rest.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Collection
+from math import inf
+from time import monotonic as time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from portico.acceptor import (
+    Acceptor,
+    Exhaustion,
+    Pause,
+    Recovery,
+    Wakeup,
+    is_listening,
+    is_open,
+    recovery,
+)
+from portico.connection import ClientAddress, Request, is_peer_gone
+from portico.errors import ListenerError
+from portico.events import (
+    AcceptPaused,
+    AcceptResumed,
+    CloseReason,
+    ConnectionAccepted,
+    ConnectionClosed,
+    ConnectionRefused,
+    HandlerFailed,
+    ListenerLost,
+    PeerGone,
+    RefusalReason,
+    ServerStarted,
+    ServerStopped,
+    emit,
+)
+
+_ESCAPED: Final = "_portico_escaped_handle_error"
+"""Marks an exception that `handle_error` raised: it leaves the loop, and is not handled again."""
+
+
+class BaseServer:
+    """The hooks that every server has, and the loop that calls them.
+
+    A subclass gives it a descriptor (`fileno`) and requests (`get_request`);
+    `portico.TCPServer` and its siblings do.
+
+    Instances are context managers; leaving the ``with`` block calls `server_close`.
+    """
+
+    timeout: float | None = None
+    """Seconds that `handle_request` waits before it calls `handle_timeout`; ``None`` waits
+    without limit.  `serve_forever` does not look at it."""
+
+    if TYPE_CHECKING:  # brought by the families
+        socket: socket.socket
+
+        def fileno(self) -> int: ...  # noqa: D102
+        def get_request(self) -> tuple[Request, ClientAddress]: ...  # noqa: D102
+
+    RequestHandlerClass: Callable[[Any, Any, Self], Any]
+
+    # Before __init__ ran, or when a subclass never calls it, these stand in.
+    __lock = threading.RLock()
+    # guards __acceptors and __has_served.  Re-entrant, because a signal handler that calls
+    # shutdown() can interrupt the serving thread while it holds the lock.
+    __acceptors: tuple[Acceptor, ...] = ()
+    __has_served = False
+    __pause: Pause | None = None
+    __exhaustion: Exhaustion | None = None
+
+    def __init__(
+        self,
+        server_address: Any,
+        RequestHandlerClass: Callable[[Any, Any, Self], Any],
+    ) -> None:
+        """Keep both arguments as attributes; open nothing.
+
+        Args:
+            server_address: Where to serve; its shape depends on the address family.
+            RequestHandlerClass: Called with ``(request, client_address, server)`` for every
+                request; a class that derives from `BaseRequestHandler`, or any callable.
+                It is looked up anew for each request.
+        """
+        self.server_address = server_address
+        self.RequestHandlerClass = RequestHandlerClass
+        self.__lock = threading.RLock()
+        self.__is_shut_down = threading.Event()
+        self.__shutdown_request = False
+
+    # --- the life of the server ---------------------------------------------------------
+
+    def server_activate(self) -> None:
+        """Get ready to accept; the constructor calls it after `server_bind`."""
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve requests until `shutdown`, or until the listener is closed.
+
+        An idle server waits in one system call and is woken by a descriptor.
+
+        Args:
+            poll_interval: Seconds between two calls of `service_actions` at the most, for
+                servers that override it.  Nothing else depends on it.
+
+        Raises:
+            ValueError: The listener is closed already.
+            ListenerError: The listener does not listen.
+            Exception: What `service_actions`, `handle_error` or, unless it is an `OSError`,
+                `get_request` raised.
+        """
+        self.__is_shut_down.clear()
+        acceptor = None
+        try:
+            acceptor = self.__start()
+            while acceptor is not None and not self.__is_stopping():
+                ready = self.__wait(acceptor, self.__patience(acceptor, poll_interval))
+                if self.__is_stopping():
+                    break  # a connection that came with it stays in the backlog
+                if ready:
+                    self._handle_request_noblock()
+                elif not is_open(self):
+                    self.__lose_listener(None)
+                    break
+                self.service_actions()
+        finally:
+            self.__stop(acceptor)
+
+    def shutdown(self) -> None:
+        """Make `serve_forever` return, and wait until it has.
+
+        Callable from any thread, from a handler and from a signal handler.  In the thread
+        that serves it returns at once, and the loop ends after the request under way.
+        Before `serve_forever` it is remembered, and `serve_forever` will return at once; after
+        it, nothing happens.
+        """
+        with self.__lock:
+            acceptors = self.__acceptors
+            if self.__has_served and not acceptors:
+                return
+            self.__shutdown_request = True
+        here = threading.get_ident()
+        if not any(acceptor.thread == here for acceptor in acceptors):
+            # Before serve_forever there is nothing to wait for.
+            self.__is_shut_down.wait(None if acceptors else 0)
+
+    def service_actions(self) -> None:
+        """Do what the program wants done now and then; for subclasses.
+
+        The serving loop calls it after every request and, when it is overridden, at least
+        every `poll_interval` seconds.  What it raises ends the loop.
+        """
+
+    def server_close(self) -> None:
+        """Close the server; a serving loop ends.  Callable more than once."""
+        self.__wake()
+
+    def pause_accepting(self, seconds: float | None = None, *, until: Collection[int] = ()) -> None:
+        """Leave clients in the backlog for a while.
+
+        For engines that have no room for another request, and for hooks.  To be called in the
+        serving thread.  A later call replaces an earlier one.
+
+        Args:
+            seconds: How long; ``None`` for no limit.
+            until: Descriptors; the first that becomes readable ends the pause.
+        """
+        self.__pause = Pause(inf if seconds is None else time() + seconds, until)
+
+    def resume_accepting(self) -> None:
+        """End what `pause_accepting` began.  To be called in the serving thread."""
+        self.__pause = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.server_close()
+
+    # --- one request --------------------------------------------------------------------
+
+    def handle_request(self) -> None:
+        """Wait for one request and process it.
+
+        Waits at most the smaller of `timeout` and the listener's own timeout, in seconds,
+        then calls `handle_timeout`.
+
+        Raises:
+            ValueError: The listener is closed.
+        """
+        limits = (self.socket.gettimeout(), self.timeout)
+        timeout = min((limit for limit in limits if limit is not None), default=None)
+        deadline = None if timeout is None else time() + timeout
+        with Acceptor(self) as acceptor:
+            while not self.__wait(acceptor, timeout):
+                if deadline is not None:
+                    timeout = deadline - time()
+                    if timeout <= 0:
+                        return self.handle_timeout()
+        return self._handle_request_noblock()
+
+    def handle_timeout(self) -> None:
+        """Do what is to be done when `handle_request` saw no request; for subclasses."""
+
+    def _handle_request_noblock(self) -> None:
+        """Accept one request, which is waiting, and process it: the step of every loop."""
+        try:
+            request, client_address = self.get_request()
+        except OSError as error:
+            self.__recover(error)
+            return
+        if self.__exhaustion is not None:
+            self.__resume()
+        if ConnectionAccepted.subscribers:
+            emit(ConnectionAccepted(self, client_address))
+        try:
+            if not self.admit_request(request, client_address):
+                self.__refuse(request, client_address, RefusalReason.NOT_ADMITTED)
+            elif not self.verify_request(request, client_address):
+                self.__refuse(request, client_address, RefusalReason.NOT_VERIFIED)
+            else:
+                self.process_request(request, client_address)
+        except Exception as error:
+            if hasattr(error, _ESCAPED):
+                raise
+            try:
+                self.__tell_failure(request, client_address, error)
+                self.handle_error(request, client_address)
+            finally:
+                self.__refuse(request, client_address, RefusalReason.FAILED)
+        except BaseException:
+            self.shutdown_request(request)
+            raise
+
+    def admit_request(self, request: Request, client_address: ClientAddress) -> bool:
+        """Say whether the server has room for this peer.
+
+        Runs in the acceptor, before `verify_request`, and makes no system call that waits.
+        """
+        return True
+
+    def verify_request(self, request: Request, client_address: ClientAddress) -> bool:
+        """Say whether the program wants this request; for subclasses.
+
+        Runs in the acceptor: while it waits for something, nobody else is accepted.
+        """
+        return True
+
+    def process_request(self, request: Request, client_address: ClientAddress) -> None:
+        """Serve the request, here and now; an engine's mix-in hands it to a worker instead."""
+        self.serve_request(request, client_address)
+
+    def serve_request(self, request: Request, client_address: ClientAddress) -> bool:
+        """Run one request to its end and close it; what a worker calls.
+
+        Callable from any thread.  An `Exception` of the handler goes to `handle_error`;
+        `SystemExit`, `KeyboardInterrupt` and the like pass through, and so does what
+        `handle_error` raises.  In each case the request is closed first.
+
+        Returns:
+            Whether the handler finished.
+        """
+        started = time() if ConnectionClosed.subscribers else None
+        reason = CloseReason.INTERRUPTED
+        peer = client_address
+        try:
+            request, client_address = self.prepare_request(request, client_address)
+            self.finish_request(request, client_address)
+            reason = CloseReason.FINISHED
+        except Exception as error:
+            reason = self.__tell_failure(request, client_address, error)
+            try:
+                self.handle_error(request, client_address)
+            except Exception as escaping:
+                setattr(escaping, _ESCAPED, True)
+                raise
+        finally:
+            self.shutdown_request(request)
+            if started is not None:
+                emit(ConnectionClosed(self, peer, reason, time() - started))
+        return reason is CloseReason.FINISHED
+
+    def prepare_request(
+        self, request: Request, client_address: ClientAddress
+    ) -> tuple[Request, ClientAddress]:
+        """Do what has to be done with the peer before the handler sees it; in the worker.
+
+        Returns:
+            The request and the client address that the handler gets.
+        """
+        return request, client_address
+
+    def finish_request(self: Self, request: Request, client_address: ClientAddress) -> None:
+        """Make the handler, which does all its work in its constructor."""
+        self.RequestHandlerClass(request, client_address, self)
+
+    def shutdown_request(self, request: Request) -> None:
+        """Tell the peer that no more is coming, and close the request."""
+        self.close_request(request)
+
+    def close_request(self, request: Request) -> None:
+        """Close the request."""
+
+    def handle_error(self, request: Request, client_address: ClientAddress) -> None:
+        """Report what a handler raised; called while it is being handled.
+
+        Prints the client's address and the traceback to standard error, unless all that
+        happened is that the peer of this very request went away.  What an override raises
+        ends the loop (in the serial engine) or the worker.
+        """
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and is_peer_gone(request, error):
+            return
+        line = "-" * 40
+        print(line, file=sys.stderr)
+        print(
+            f"Exception occurred during processing of request from {client_address}",
+            file=sys.stderr,
+        )
+        traceback.print_exc()
+        print(line, file=sys.stderr)
+
+    # --- what the loop needs ------------------------------------------------------------
+
+    @property
+    def __shutdown_request(self) -> bool:
+        """Whether the loop is to end.
+
+        Programs set this name (as ``_BaseServer__shutdown_request``) from handlers, other
+        threads and signal handlers, and find it in the instance's ``__dict__``.
+        """
+        return bool(vars(self).get("_BaseServer__shutdown_request", False))
+
+    @__shutdown_request.setter
+    def __shutdown_request(self, requested: bool) -> None:
+        vars(self)["_BaseServer__shutdown_request"] = requested
+        if requested:
+            self.__wake()
+
+    def __is_stopping(self) -> bool:
+        return self.__shutdown_request
+
+    def __start(self) -> Acceptor | None:
+        """Return what the loop waits with; ``None`` if a `shutdown` came first."""
+        with self.__lock:  # a shutdown() from now on waits for this loop
+            if self.__shutdown_request:
+                return None
+            if is_open(self) and not is_listening(self):
+                raise ListenerError(
+                    f"{type(self).__name__} does not listen: call server_bind() and "
+                    "server_activate() before serve_forever()"
+                )
+            acceptor = Acceptor(self, wakeup=Wakeup())
+            # What a forked process inherited is its parent's to wake and to end.
+            ours = (other for other in self.__acceptors if other.process == acceptor.process)
+            self.__acceptors = (*ours, acceptor)
+        if ServerStarted.subscribers:
+            emit(ServerStarted(self))
+        return acceptor
+
+    def __stop(self, acceptor: Acceptor | None) -> None:
+        """Let go of what `__start` returned; after the last loop, release `shutdown`."""
+        if acceptor is not None:
+            acceptor.close()
+            if ServerStopped.subscribers:
+                emit(ServerStopped(self))
+        with self.__lock:
+            self.__acceptors = tuple(other for other in self.__acceptors if other is not acceptor)
+            self.__has_served = True
+            if not self.__acceptors:
+                self.__shutdown_request = False
+                self.__is_shut_down.set()
+
+    def __wake(self) -> None:
+        for acceptor in self.__acceptors:
+            acceptor.wake()
+
+    def __patience(self, acceptor: Acceptor, poll_interval: float) -> float | None:
+        """Return how long the loop may wait: without limit if nobody needs it to come round."""
+        if acceptor.misses_signals or _overrides_service_actions(self):
+            return poll_interval
+        return None
+
+    def __wait(self, acceptor: Acceptor, timeout: float | None) -> bool:
+        pause = self.__pause
+        if pause is None:
+            return acceptor.wait(timeout)
+        if acceptor.rest(pause, timeout) and self.__pause is pause:
+            self.__pause = None
+        return False
+
+    def __recover(self, error: OSError) -> None:
+        """Decide how to go on after accepting failed."""
+        match recovery(error):
+            case Recovery.PAUSE:
+                if self.__exhaustion is None:
+                    self.__exhaustion = Exhaustion(time())
+                    if AcceptPaused.subscribers:
+                        emit(AcceptPaused(self, error))
+                self.__pause = self.__exhaustion.next_pause(time())
+            case Recovery.CHECK if self.__acceptors and not is_listening(self):
+                self.__lose_listener(error)
+            case _:
+                pass
+
+    def __resume(self) -> None:
+        exhaustion, self.__exhaustion = self.__exhaustion, None
+        if exhaustion is not None and AcceptResumed.subscribers:
+            emit(AcceptResumed(self, time() - exhaustion.since))
+
+    def __lose_listener(self, error: OSError | None) -> None:
+        self.__shutdown_request = True
+        if ListenerLost.subscribers:
+            emit(ListenerLost(self, error))
+
+    def __refuse(
+        self, request: Request, client_address: ClientAddress, reason: RefusalReason
+    ) -> None:
+        self.shutdown_request(request)
+        if ConnectionRefused.subscribers:
+            emit(ConnectionRefused(self, client_address, reason))
+
+    def __tell_failure(
+        self, request: Request, client_address: ClientAddress, error: Exception
+    ) -> CloseReason:
+        """Tell the events that a request failed, and return why it will be closed."""
+        if is_peer_gone(request, error):
+            if PeerGone.subscribers:
+                emit(PeerGone(self, client_address, error))
+            return CloseReason.PEER_GONE
+        if HandlerFailed.subscribers:
+            emit(HandlerFailed(self, client_address, error))
+        return CloseReason.FAILED
+
+
+_service_actions_of_the_base: Final = BaseServer.service_actions
+
+
+def _overrides_service_actions(server: BaseServer) -> bool:
+    """Say whether the program wants `service_actions`: by subclass, instance or patch."""
+    actions = server.service_actions
+    return getattr(actions, "__func__", actions) is not _service_actions_of_the_base
