@@ -88,6 +88,8 @@ def is_open(listener: Listener) -> bool:
         return listener.fileno() >= 0
     except ValueError:  # what a closed file says, where a closed socket says -1
         return False
+    except AttributeError:  # a program's own selector may need no descriptor
+        return True
 
 
 def is_listening(listener: Any) -> bool:

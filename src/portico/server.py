@@ -80,10 +80,9 @@ class BaseServer:
 
     # Before __init__ ran, or when a subclass never calls it, these stand in.
     __lock = threading.RLock()
-    # guards __acceptors and __has_served.  Re-entrant, because a signal handler that calls
-    # shutdown() can interrupt the serving thread while it holds the lock.
+    # guards __acceptors and the moves of __is_shut_down.  Re-entrant, because a signal handler
+    # that calls shutdown() can interrupt the serving thread while it holds the lock.
     __acceptors: tuple[Acceptor, ...] = ()
-    __has_served = False
     __pause: Pause | None = None
     __exhaustion: Exhaustion | None = None
 
@@ -103,7 +102,7 @@ class BaseServer:
         self.server_address = server_address
         self.RequestHandlerClass = RequestHandlerClass
         self.__lock = threading.RLock()
-        self.__is_shut_down = threading.Event()
+        self.__is_shut_down = _Ending()
         self.__shutdown_request = False
 
     # --- the life of the server ---------------------------------------------------------
@@ -152,14 +151,15 @@ class BaseServer:
         it, nothing happens.
         """
         with self.__lock:
-            acceptors = self.__acceptors
-            if self.__has_served and not acceptors:
+            ending = self.__is_shut_down
+            if ending.is_set() is True:
                 return
             self.__shutdown_request = True
-        here = threading.get_ident()
-        if not any(acceptor.thread == here for acceptor in acceptors):
-            # Before serve_forever there is nothing to wait for.
-            self.__is_shut_down.wait(None if acceptors else 0)
+            here = threading.get_ident()
+            serves_here = any(acceptor.thread == here for acceptor in self.__acceptors)
+        # A program may have put an event of its own in the place of ours.
+        if not serves_here and getattr(ending, "has_begun", True):
+            ending.wait()
 
     def service_actions(self) -> None:
         """Do what the program wants done now and then; for subclasses.
@@ -388,7 +388,6 @@ class BaseServer:
                 emit(ServerStopped(self))
         with self.__lock:
             self.__acceptors = tuple(other for other in self.__acceptors if other is not acceptor)
-            self.__has_served = True
             if not self.__acceptors:
                 self.__shutdown_request = False
                 self.__is_shut_down.set()
@@ -453,6 +452,17 @@ class BaseServer:
         if HandlerFailed.subscribers:
             emit(HandlerFailed(self, client_address, error))
         return CloseReason.FAILED
+
+
+class _Ending(threading.Event):
+    """Set when no loop serves any more; knows whether one, ours or the program's, ever began."""
+
+    has_begun = False
+
+    def clear(self) -> None:
+        """Note that a loop begins: what `socketserver` has every loop say."""
+        self.has_begun = True
+        super().clear()
 
 
 _service_actions_of_the_base: Final = BaseServer.service_actions

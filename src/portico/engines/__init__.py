@@ -33,6 +33,11 @@ def serve(server: Any, request: Request, client_address: ClientAddress) -> bool:
     serve_request = getattr(server, "serve_request", None)
     if serve_request is not None:
         return bool(serve_request(request, client_address))
+    return serve_foreign(server, request, client_address)
+
+
+def serve_foreign(server: Any, request: Request, client_address: ClientAddress) -> bool:
+    """Do the same on a server that has only the hooks of `socketserver`."""
     try:
         server.finish_request(request, client_address)
     except Exception:
