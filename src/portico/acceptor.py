@@ -102,9 +102,14 @@ def is_listening(listener: Any) -> bool:
         os.fstat(descriptor)
         if sock is None or sock.fileno() != descriptor or sock.type != socket.SOCK_STREAM:
             return True  # a datagram socket, or a program's own kind of listener
-        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except OSError:  # closed behind the object's back
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return True
+        sock.getpeername()  # a connection that the program takes its requests from
+    except OSError:  # closed behind the object's back, or neither listening nor connected
         return False
+    except AttributeError:  # a program's own kind of listener, as above
+        return True
+    return True
 
 
 class Pause:
@@ -193,7 +198,10 @@ class Wakeup:
         arrives after the last one, just before the system call that waits, would be noticed
         only when the wait ends.
         """
-        previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        try:
+            previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        except ValueError:  # the main thread of a subinterpreter, which has no signal handlers
+            return
         if previous < 0:
             self._hears_signals = True
         else:
@@ -214,14 +222,18 @@ class Acceptor:
         self.thread = threading.get_ident()
         self.wakeup = wakeup
         self.misses_signals = wakeup is not None and wakeup.misses_signals
-        self._listener = listener
-        self._selector = _ServerSelector()
         try:
-            if wakeup is not None:
-                self._selector.register(wakeup, selectors.EVENT_READ)
-            self._selector.register(listener, selectors.EVENT_READ)
+            self._selector = _ServerSelector()
+            try:
+                if wakeup is not None:
+                    self._selector.register(wakeup, selectors.EVENT_READ)
+                self._selector.register(listener, selectors.EVENT_READ)
+            except BaseException:
+                self._selector.close()
+                raise
         except BaseException:
-            self.close()
+            if wakeup is not None:
+                wakeup.close()
             raise
 
     def __enter__(self) -> Self:

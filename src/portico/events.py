@@ -13,9 +13,10 @@ they return soon and never wait for a peer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from threading import Lock
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -94,8 +95,6 @@ class RefusalReason(StrEnum):
     """`admit_request` said no."""
     NOT_VERIFIED = "not verified"
     """The program's own `verify_request` said no."""
-    FAILED = "failed"
-    """A hook raised before the request was handed to a worker."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class CloseReason(StrEnum):
     FINISHED = "finished"
     """The handler returned."""
     FAILED = "failed"
-    """The handler raised."""
+    """The handler, or a hook on the way to it, raised."""
     PEER_GONE = "peer gone"
     """The peer vanished while the handler used the connection."""
     INTERRUPTED = "interrupted"
@@ -126,14 +125,15 @@ class CloseReason(StrEnum):
 
 @dataclass(frozen=True)
 class ConnectionClosed(Event):
-    """The worker is done with a connection, or with a datagram.
+    """An accepted connection, or a datagram, came to its end without being refused.
 
     With `ForkingMixIn` it happens in the child process.
 
     Attributes:
         peer: Its client address.
         reason: How its handler ended.
-        duration: Seconds from the moment that a worker took it.
+        duration: Seconds from the moment that a worker took it; if none could, from the moment
+            that it was accepted.
     """
 
     peer: Any
@@ -217,19 +217,16 @@ def subscribe(callback: Callable[[_E], object], *kinds: type[_E]) -> Callable[[]
     Returns:
         A function that ends the subscription; a second call does nothing.
     """
-    wanted = tuple(dict.fromkeys(leaf for kind in kinds or (Event,) for leaf in _refinements(kind)))
+    subscription = partial(callback)  # an object of its own: unlike a function, not shared
+    roots: tuple[type[Event], ...] = kinds or (Event,)
     with _subscribing:
-        for kind in wanted:
-            kind.subscribers += (callback,)
+        for kind in _refinements(roots):
+            kind.subscribers += (subscription,)
 
     def unsubscribe() -> None:
-        nonlocal wanted
         with _subscribing:
-            for kind in wanted:
-                remaining = list(kind.subscribers)
-                remaining.remove(callback)
-                kind.subscribers = tuple(remaining)
-            wanted = ()
+            for kind in _refinements(roots):  # with those that were defined since
+                kind.subscribers = tuple(s for s in kind.subscribers if s is not subscription)
 
     return unsubscribe
 
@@ -243,7 +240,9 @@ def emit(event: Event) -> None:
             logging.getLogger(__name__).exception("a subscriber of %s failed", type(event).__name__)
 
 
-def _refinements(kind: type[Event]) -> Iterator[type[Event]]:
-    yield kind
-    for refinement in kind.__subclasses__():
-        yield from _refinements(refinement)
+def _refinements(roots: Iterable[type[Event]]) -> set[type[Event]]:
+    """Return the kinds and all that refine them."""
+    kinds = set(roots)
+    for kind in roots:
+        kinds |= _refinements(kind.__subclasses__())
+    return kinds

@@ -15,6 +15,7 @@ behaviour for the rest.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -53,9 +54,6 @@ from portico.events import (
     emit,
 )
 
-_ESCAPED: Final = "_portico_escaped_handle_error"
-"""Marks an exception that `handle_error` raised: it leaves the loop, and is not handled again."""
-
 
 class BaseServer:
     """The hooks that every server has, and the loop that calls them.
@@ -80,9 +78,10 @@ class BaseServer:
 
     # Before __init__ ran, or when a subclass never calls it, these stand in.
     __lock = threading.RLock()
-    # guards __acceptors and the moves of __is_shut_down.  Re-entrant, because a signal handler
-    # that calls shutdown() can interrupt the serving thread while it holds the lock.
-    __acceptors: tuple[Acceptor, ...] = ()
+    # guards __loops, __acceptors and the moves of __is_shut_down.  Re-entrant, because a signal
+    # handler that calls shutdown() can interrupt the serving thread while it holds the lock.
+    __loops: tuple[tuple[int, int], ...] = ()  # the process and the thread of each
+    __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
     __exhaustion: Exhaustion | None = None
 
@@ -102,7 +101,7 @@ class BaseServer:
         self.server_address = server_address
         self.RequestHandlerClass = RequestHandlerClass
         self.__lock = threading.RLock()
-        self.__is_shut_down = _Ending()
+        self.__is_shut_down: threading.Event = _Ending()
         self.__shutdown_request = False
 
     # --- the life of the server ---------------------------------------------------------
@@ -125,9 +124,11 @@ class BaseServer:
             Exception: What `service_actions`, `handle_error` or, unless it is an `OSError`,
                 `get_request` raised.
         """
-        self.__is_shut_down.clear()
         acceptor = None
+        here = os.getpid(), threading.get_ident()
         try:
+            self.__loops += (here,)  # first of all: a signal handler may call shutdown()
+            self.__is_shut_down.clear()
             acceptor = self.__start()
             while acceptor is not None and not self.__is_stopping():
                 ready = self.__wait(acceptor, self.__patience(acceptor, poll_interval))
@@ -140,7 +141,7 @@ class BaseServer:
                     break
                 self.service_actions()
         finally:
-            self.__stop(acceptor)
+            self.__stop(acceptor, here)
 
     def shutdown(self) -> None:
         """Make `serve_forever` return, and wait until it has.
@@ -155,10 +156,11 @@ class BaseServer:
             if ending.is_set() is True:
                 return
             self.__shutdown_request = True
-            here = threading.get_ident()
-            serves_here = any(acceptor.thread == here for acceptor in self.__acceptors)
+            process = os.getpid()
+            serves_here = (process, threading.get_ident()) in self.__loops
         # A program may have put an event of its own in the place of ours.
-        if not serves_here and getattr(ending, "has_begun", True):
+        is_elsewhere = isinstance(ending, _Ending) and ending.process != process
+        if not serves_here and not is_elsewhere:
             ending.wait()
 
     def service_actions(self) -> None:
@@ -231,11 +233,12 @@ class BaseServer:
         except OSError as error:
             self.__recover(error)
             return
-        if self.__exhaustion is not None:
-            self.__resume()
-        if ConnectionAccepted.subscribers:
-            emit(ConnectionAccepted(self, client_address))
+        started = time() if ConnectionClosed.subscribers else None
         try:
+            if self.__exhaustion is not None:
+                self.__resume()
+            if ConnectionAccepted.subscribers:
+                emit(ConnectionAccepted(self, client_address))
             if not self.admit_request(request, client_address):
                 self.__refuse(request, client_address, RefusalReason.NOT_ADMITTED)
             elif not self.verify_request(request, client_address):
@@ -243,15 +246,9 @@ class BaseServer:
             else:
                 self.process_request(request, client_address)
         except Exception as error:
-            if hasattr(error, _ESCAPED):
-                raise
-            try:
-                self.__tell_failure(request, client_address, error)
-                self.handle_error(request, client_address)
-            finally:
-                self.__refuse(request, client_address, RefusalReason.FAILED)
-        except BaseException:
-            self.shutdown_request(request)
+            self.__fail(*_inline.leave(request, client_address), error, started)
+        except BaseException as error:
+            self.__fail(*_inline.leave(request, client_address), error, started)
             raise
 
     def admit_request(self, request: Request, client_address: ClientAddress) -> bool:
@@ -270,6 +267,7 @@ class BaseServer:
 
     def process_request(self, request: Request, client_address: ClientAddress) -> None:
         """Serve the request, here and now; an engine's mix-in hands it to a worker instead."""
+        _inline.request = request
         self.serve_request(request, client_address)
 
     def serve_request(self, request: Request, client_address: ClientAddress) -> bool:
@@ -279,28 +277,32 @@ class BaseServer:
         `SystemExit`, `KeyboardInterrupt` and the like pass through, and so does what
         `handle_error` raises.  In each case the request is closed first.
 
+        In the serial engine the worker is the acceptor.  There, programs expect to see in
+        `process_request` what the handler raised, so it passes through, and the step that
+        called `process_request` does the rest.
+
         Returns:
             Whether the handler finished.
         """
         started = time() if ConnectionClosed.subscribers else None
-        reason = CloseReason.INTERRUPTED
-        peer = client_address
-        try:
+        if _inline.request is request:
             request, client_address = self.prepare_request(request, client_address)
+            _inline.prepared = request, client_address
             self.finish_request(request, client_address)
-            reason = CloseReason.FINISHED
-        except Exception as error:
-            reason = self.__tell_failure(request, client_address, error)
+            _inline.forget()
+        else:
             try:
-                self.handle_error(request, client_address)
-            except Exception as escaping:
-                setattr(escaping, _ESCAPED, True)
+                request, client_address = self.prepare_request(request, client_address)
+                self.finish_request(request, client_address)
+            except Exception as error:
+                self.__fail(request, client_address, error, started)
+                return False
+            except BaseException as error:
+                self.__fail(request, client_address, error, started)
                 raise
-        finally:
-            self.shutdown_request(request)
-            if started is not None:
-                emit(ConnectionClosed(self, peer, reason, time() - started))
-        return reason is CloseReason.FINISHED
+        self.shutdown_request(request)
+        self.__tell_closed(client_address, CloseReason.FINISHED, started)
+        return True
 
     def prepare_request(
         self, request: Request, client_address: ClientAddress
@@ -373,28 +375,35 @@ class BaseServer:
                     "server_activate() before serve_forever()"
                 )
             acceptor = Acceptor(self, wakeup=Wakeup())
-            # What a forked process inherited is its parent's to wake and to end.
-            ours = (other for other in self.__acceptors if other.process == acceptor.process)
-            self.__acceptors = (*ours, acceptor)
+            self.__acceptors += (acceptor,)
         if ServerStarted.subscribers:
             emit(ServerStarted(self))
         return acceptor
 
-    def __stop(self, acceptor: Acceptor | None) -> None:
+    def __stop(self, acceptor: Acceptor | None, loop: tuple[int, int]) -> None:
         """Let go of what `__start` returned; after the last loop, release `shutdown`."""
         if acceptor is not None:
             acceptor.close()
             if ServerStopped.subscribers:
                 emit(ServerStopped(self))
+        process, _ = loop
         with self.__lock:
-            self.__acceptors = tuple(other for other in self.__acceptors if other is not acceptor)
+            # What a forked process has inherited is its parent's, to wake and to end.
+            self.__acceptors = tuple(
+                other
+                for other in self.__acceptors
+                if other is not acceptor and other.process == process
+            )
             if not self.__acceptors:
                 self.__shutdown_request = False
                 self.__is_shut_down.set()
+            self.__loops = tuple(other for other in self.__loops if other != loop)
 
     def __wake(self) -> None:
+        process = os.getpid()
         for acceptor in self.__acceptors:
-            acceptor.wake()
+            if acceptor.process == process:
+                acceptor.wake()
 
     def __patience(self, acceptor: Acceptor, poll_interval: float) -> float | None:
         """Return how long the loop may wait: without limit if nobody needs it to come round."""
@@ -441,6 +450,23 @@ class BaseServer:
         if ConnectionRefused.subscribers:
             emit(ConnectionRefused(self, client_address, reason))
 
+    def __fail(
+        self,
+        request: Request,
+        client_address: ClientAddress,
+        error: BaseException,
+        started: float | None,
+    ) -> None:
+        """End a request whose serving raised `error`, which is being handled."""
+        reason = CloseReason.INTERRUPTED
+        try:
+            if isinstance(error, Exception):
+                reason = self.__tell_failure(request, client_address, error)
+                self.handle_error(request, client_address)
+        finally:
+            self.shutdown_request(request)
+            self.__tell_closed(client_address, reason, started)
+
     def __tell_failure(
         self, request: Request, client_address: ClientAddress, error: Exception
     ) -> CloseReason:
@@ -453,15 +479,52 @@ class BaseServer:
             emit(HandlerFailed(self, client_address, error))
         return CloseReason.FAILED
 
+    def __tell_closed(
+        self, client_address: ClientAddress, reason: CloseReason, started: float | None
+    ) -> None:
+        if started is not None:
+            emit(ConnectionClosed(self, client_address, reason, time() - started))
+
+
+_NO_REQUEST: Final = object()
+
+
+class _Inline(threading.local):
+    """The request that the serial engine serves in this thread.
+
+    It outlives the call of `process_request` when the handler raises: the step that called it
+    then learns what `prepare_request` had made of the request.
+    """
+
+    request: Request = _NO_REQUEST
+    prepared: tuple[Request, ClientAddress] | None = None
+
+    def leave(
+        self, request: Request, client_address: ClientAddress
+    ) -> tuple[Request, ClientAddress]:
+        """Return the request, if it was served here, as the handler saw it."""
+        is_ours = self.request is request
+        seen = self.prepared if is_ours else None
+        self.forget()
+        return (request, client_address) if seen is None else seen
+
+    def forget(self) -> None:
+        """Hold on to no request."""
+        self.request, self.prepared = _NO_REQUEST, None
+
+
+_inline: Final = _Inline()
+
 
 class _Ending(threading.Event):
-    """Set when no loop serves any more; knows whether one, ours or the program's, ever began."""
+    """Set when no loop serves any more; knows where the last one, ours or the program's, began."""
 
-    has_begun = False
+    process = 0
+    """The process of that loop; 0 before the first."""
 
     def clear(self) -> None:
         """Note that a loop begins: what `socketserver` has every loop say."""
-        self.has_begun = True
+        self.process = os.getpid()
         super().clear()
 
 
