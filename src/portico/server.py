@@ -127,7 +127,8 @@ class BaseServer:
         acceptor = None
         here = os.getpid(), threading.get_ident()
         try:
-            self.__loops += (here,)  # first of all: a signal handler may call shutdown()
+            with self.__lock:
+                self.__loops += (here,)  # first of all: a signal handler may call shutdown()
             self.__is_shut_down.clear()
             acceptor = self.__start()
             while acceptor is not None and not self.__is_stopping():
@@ -245,6 +246,8 @@ class BaseServer:
                 self.__refuse(request, client_address, RefusalReason.NOT_VERIFIED)
             else:
                 self.process_request(request, client_address)
+                if _inline.request is request:  # a program's process_request kept an error back
+                    _inline.forget()
         except Exception as error:
             self.__fail(*_inline.leave(request, client_address), error, started)
         except BaseException as error:
@@ -429,7 +432,7 @@ class BaseServer:
                         emit(AcceptPaused(self, error))
                 self.__pause = self.__exhaustion.next_pause(time())
             case Recovery.CHECK if self.__acceptors and not is_listening(self):
-                self.__lose_listener(error)
+                self.__lose_listener(error if is_open(self) else None)
             case _:
                 pass
 

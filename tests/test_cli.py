@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import portico
+from portico import cli, events, service, swap
+from portico.address import parse
+from portico.service import Tally
+
+HANDLER = "portico:BaseRequestHandler"
+LOOPBACK = "tcp://127.0.0.1:0"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a command changes in its process is put back."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    log = logging.getLogger("portico")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+def status(*arguments: str) -> int | str | None:
+    """The exit status of a command."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    return caught.value.code
+
+
+@pytest.fixture
+def stop_when_serving() -> Iterator[None]:
+    """A SIGTERM that comes as soon as a server accepts."""
+    unsubscribe = events.subscribe(
+        lambda _: signal.raise_signal(signal.SIGTERM), events.ServerStarted
+    )
+    yield
+    unsubscribe()
+
+
+# ---------------------------------------------------------------------------------- the commands
+
+
+def test_the_version_is_the_packages() -> None:
+    result = CliRunner().invoke(cli.commands, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"portico {portico.__version__}\n")
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["run"]])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_every_command_explains_itself(command: list[str], option: str) -> None:
+    result = CliRunner().invoke(cli.commands, [*command, option])
+    assert result.exit_code == 0
+    assert result.output.startswith("Usage: ")
+    # Each line is meant for a terminal of eighty columns.
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--no-such"], "No such option"),
+        (["no-such"], "No such command 'no-such'"),
+        (["serve"], "Missing argument 'TARGET'"),
+        (["serve", HANDLER], "Missing argument 'ADDRESS...'"),
+        (["serve", HANDLER, LOOPBACK, "--engine", "no"], "'no' is not one of 'threads', 'forks'"),
+        (["serve", HANDLER, LOOPBACK, "--log-level", "no"], "'no' is not one of 'debug', 'info'"),
+        (["run"], "Missing argument 'PROGRAM'"),
+        (["run", "--engine", "no", "a.py"], "'no' is not one of"),
+        (["run", "--no-such", "a.py"], "No such option"),
+    ],
+)
+def test_wrong_usage_has_status_2(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert expected in err
+
+
+def test_only_the_main_program_starts_the_command() -> None:
+    """Tools that import every module of a package may import that one, too."""
+    main: Any = importlib.import_module("portico.__main__")
+    assert main.main is cli.main
+
+
+def test_an_interrupt_before_there_is_anything_to_stop_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the status of a shell for SIGINT."""
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("portico.target.load", interrupt)
+    assert status("serve", HANDLER, LOOPBACK) == 130
+
+
+# ----------------------------------------------------------------------------------------- serve
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["no_such:Echo", LOOPBACK], "cannot serve 'no_such:Echo': there is no module 'no_such'"),
+        (["portico:Echo", LOOPBACK], "cannot serve 'portico:Echo': portico has no 'Echo'"),
+        (["portico:TCPServer", LOOPBACK], "cannot serve 'portico:TCPServer': it is a server"),
+        ([HANDLER, "tcp:/x"], "address='tcp:/x': expected tcp://HOST:PORT, or tcp://:PORT"),
+        ([HANDLER, LOOPBACK, "9000"], "address='9000': expected tcp://:9000 or udp://:9000"),
+        ([LOOPBACK, HANDLER], f"cannot serve '{LOOPBACK}': it is an address, and the target"),
+        (
+            ["portico:DatagramRequestHandler", "udp://127.0.0.1:0", LOOPBACK],
+            "cannot serve 'portico:DatagramRequestHandler': it handles datagrams, which come to",
+        ),
+        (
+            [HANDLER, "unix:/no/such/a.sock"],
+            "cannot listen on unix:/no/such/a.sock: there is no directory /no/such",
+        ),
+        # The line stays one line.
+        ([HANDLER, "unix:/no/su\nch/a.sock"], "cannot listen on unix:/no/su ch/a.sock: there is"),
+    ],
+)
+def test_what_cannot_be_served_has_status_2_and_one_line(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("serve", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"portico: error: {expected}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("stop_when_serving")
+@pytest.mark.parametrize("engine", service.ENGINES)
+def test_a_server_says_when_it_is_ready_and_what_it_did(
+    engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("serve", HANDLER, LOOPBACK, "--engine", engine) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(
+        r"portico: ready on tcp://127\.0\.0\.1:[1-9]\d*\n"
+        r"portico: stopped after \d+\.\d s: 0 requests served\n",
+        err,
+    )
+
+
+def test_each_of_several_servers_says_what_it_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"unix:{tmp_path}/a.sock"
+    tallies = [Tally(parse(LOOPBACK), 3, 0, 1), Tally(parse(path), 1, 2, 0)]
+    monkeypatch.setattr(service.Service, "run", lambda _: tallies)
+    assert status("serve", HANDLER, LOOPBACK, path) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == f"portico: ready on {path}"
+    assert lines[2] == f"portico: {LOOPBACK}: 3 requests served, 1 cut off"
+    assert lines[3] == f"portico: {path}: 1 request served, 2 refused"
+    assert re.fullmatch(
+        r"portico: stopped after \d+\.\d s: 4 requests served, 2 refused, 1 cut off", lines[4]
+    )
+
+
+@pytest.mark.usefixtures("stop_when_serving")
+@pytest.mark.parametrize(
+    ("level", "told"),
+    [("debug", {"INFO"}), ("info", {"INFO"}), ("warning", set()), ("critical", set())],
+)
+def test_the_log_tells_what_it_was_asked_to(
+    level: str, told: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The events of the servers; after the stop nobody listens to them any more."""
+    assert status("serve", HANDLER, LOOPBACK, "--log-level", level) == 0
+    records = [record for record in caplog.records if record.name == "portico"]
+    assert {record.levelname for record in records} == told
+    assert not events.ServerStopped.subscribers
+
+
+def test_a_failing_loop_is_no_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a fault of the program, and its traceback is needed."""
+
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(service.Service, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["serve", HANDLER, LOOPBACK])
+
+
+def test_an_address_in_use_names_who_could_be_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        text = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        assert status("serve", HANDLER, text) == 2
+    assert capsys.readouterr().err == (
+        f"portico: error: cannot listen on {text}: in use by this very process;"
+        " is the address given twice?\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------- run
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What a command asks the swap to do, in order, instead of doing it."""
+    calls: list[tuple[str, ...]] = []
+
+    def install(engine: str) -> None:
+        calls.append(("install", engine))
+
+    def run_path(program: str, args: Sequence[str]) -> None:
+        calls.append(("path", program, *args))
+
+    def run_module(program: str, args: Sequence[str]) -> None:
+        calls.append(("module", program, *args))
+
+    monkeypatch.setattr(swap, "install", install)
+    monkeypatch.setattr(swap, "run_path", run_path)
+    monkeypatch.setattr(swap, "run_module", run_module)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a.py"], [("install", "threads"), ("path", "a.py")]),
+        (["--engine", "forks", "a.py"], [("install", "forks"), ("path", "a.py")]),
+        # What follows the program belongs to the program.
+        (
+            ["a.py", "-m", "--engine", "no", "--help", "--", "-x"],
+            [
+                ("install", "threads"),
+                ("path", "a.py", "-m", "--engine", "no", "--help", "--", "-x"),
+            ],
+        ),
+        (["-m", "http.server"], [("install", "threads"), ("module", "http.server")]),
+        (
+            ["-m", "http.server", "--bind", "::1", "8000"],
+            [("install", "threads"), ("module", "http.server", "--bind", "::1", "8000")],
+        ),
+        (
+            ["-m", "--engine", "serial", "http.server", "-m"],
+            [("install", "serial"), ("module", "http.server", "-m")],
+        ),
+    ],
+)
+def test_a_program_is_run_with_its_own_arguments(
+    arguments: list[str], expected: list[tuple[str, ...]], starts: list[tuple[str, ...]]
+) -> None:
+    assert status("run", *arguments) == 0
+    assert starts == expected
+
+
+@pytest.mark.usefixtures("starts")
+def test_a_program_that_is_not_there_has_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_path(program: str, _: object) -> None:
+        raise swap.ProgramError(program, "No such file or directory")
+
+    monkeypatch.setattr(swap, "run_path", run_path)
+    assert status("run", "a.py") == 2
+    expected = "portico: error: cannot run 'a.py': No such file or directory\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.usefixtures("starts")
+@pytest.mark.parametrize("code", [0, 3, "a message", None])
+def test_a_program_that_exits_has_its_own_status(
+    monkeypatch: pytest.MonkeyPatch, code: int | str | None
+) -> None:
+    monkeypatch.setattr(swap, "run_path", lambda *_: sys.exit(code))
+    assert status("run", "a.py") == code
+
+
+@pytest.mark.usefixtures("starts")
+def test_an_interrupt_of_a_program_is_pythons_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ends the process by SIGINT itself, so that a shell script ends as well."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(swap, "run_path", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["run", "a.py"])
+
+
+@pytest.mark.usefixtures("starts")
+@pytest.mark.parametrize("kind", [ZeroDivisionError, click.UsageError, click.Abort, OSError])
+def test_a_program_that_fails_is_reported_as_python_does(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """By the hook that the program may have set, without the frames of the command."""
+    reported: list[tuple[Any, ...]] = []
+
+    def fail(*_: object) -> None:
+        raise kind("of the program")
+
+    def excepthook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        assert trace is not None
+        reported.append((kind, str(error), trace.tb_frame.f_code.co_name))
+
+    monkeypatch.setattr(swap, "run_path", fail)
+    monkeypatch.setattr(sys, "excepthook", excepthook)
+    assert status("run", "a.py") == 1
+    assert reported == [(kind, "of the program", "fail")]
