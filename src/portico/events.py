@@ -130,7 +130,7 @@ class ConnectionClosed(Event):
     With `ForkingMixIn` it happens in the child process.
 
     Attributes:
-        peer: Its client address.
+        peer: Its client address, as the handler saw it.
         reason: How its handler ended.
         duration: Seconds from the moment that a worker took it; if none could, from the moment
             that it was accepted.

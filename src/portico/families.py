@@ -137,6 +137,9 @@ class UDPServer(TCPServer):
     max_packet_size: int = 8192
     """Bytes of a datagram that are kept; of a longer one, the end is lost (`DatagramCut`)."""
 
+    receive_flags: int = 0
+    """Flags for recvfrom(2); an engine that takes all that is waiting sets ``MSG_DONTWAIT``."""
+
     def server_activate(self) -> None:
         """Do nothing: a datagram socket has no backlog to open."""
 
@@ -148,7 +151,8 @@ class UDPServer(TCPServer):
         """
         size = self.max_packet_size
         # One byte more than is kept tells a datagram that just fits from one that was cut.
-        packet, client_address = self.socket.recvfrom(size + 1)
+        flags = (self.receive_flags,) if self.receive_flags else ()
+        packet, client_address = self.socket.recvfrom(size + 1, *flags)
         if len(packet) > size:
             packet = packet[:size]
             if DatagramCut.subscribers:

@@ -21,6 +21,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection
+from functools import partial
 from math import inf
 from time import monotonic as time
 from types import TracebackType
@@ -124,16 +125,16 @@ class BaseServer:
             Exception: What `service_actions`, `handle_error` or, unless it is an `OSError`,
                 `get_request` raised.
         """
-        acceptor = None
         here = os.getpid(), threading.get_ident()
+        is_stopping = partial(vars(self).get, "_BaseServer__shutdown_request")
         try:
             with self.__lock:
                 self.__loops += (here,)  # first of all: a signal handler may call shutdown()
             self.__is_shut_down.clear()
             acceptor = self.__start()
-            while acceptor is not None and not self.__is_stopping():
+            while acceptor is not None and not is_stopping():
                 ready = self.__wait(acceptor, self.__patience(acceptor, poll_interval))
-                if self.__is_stopping():
+                if is_stopping():
                     break  # a connection that came with it stays in the backlog
                 if ready:
                     self._handle_request_noblock()
@@ -142,7 +143,7 @@ class BaseServer:
                     break
                 self.service_actions()
         finally:
-            self.__stop(acceptor, here)
+            self.__stop(here)
 
     def shutdown(self) -> None:
         """Make `serve_forever` return, and wait until it has.
@@ -246,8 +247,8 @@ class BaseServer:
                 self.__refuse(request, client_address, RefusalReason.NOT_VERIFIED)
             else:
                 self.process_request(request, client_address)
-                if _inline.request is request:  # a program's process_request kept an error back
-                    _inline.forget()
+                if _inline.serving is not None:  # a program's process_request kept an error back
+                    _inline.serving = None
         except Exception as error:
             self.__fail(*_inline.leave(request, client_address), error, started)
         except BaseException as error:
@@ -270,7 +271,7 @@ class BaseServer:
 
     def process_request(self, request: Request, client_address: ClientAddress) -> None:
         """Serve the request, here and now; an engine's mix-in hands it to a worker instead."""
-        _inline.request = request
+        _inline.serving = request, request, client_address
         self.serve_request(request, client_address)
 
     def serve_request(self, request: Request, client_address: ClientAddress) -> bool:
@@ -288,11 +289,12 @@ class BaseServer:
             Whether the handler finished.
         """
         started = time() if ConnectionClosed.subscribers else None
-        if _inline.request is request:
+        inline = _inline.serving
+        if inline is not None and inline[0] is request:
             request, client_address = self.prepare_request(request, client_address)
-            _inline.prepared = request, client_address
+            _inline.serving = inline[0], request, client_address
             self.finish_request(request, client_address)
-            _inline.forget()
+            _inline.serving = None
         else:
             try:
                 request, client_address = self.prepare_request(request, client_address)
@@ -364,8 +366,9 @@ class BaseServer:
         if requested:
             self.__wake()
 
-    def __is_stopping(self) -> bool:
-        return self.__shutdown_request
+    def _make_acceptor(self) -> Acceptor:
+        """Return what the serving loop waits with; an engine may bring its own."""
+        return Acceptor(self, wakeup=Wakeup())
 
     def __start(self) -> Acceptor | None:
         """Return what the loop waits with; ``None`` if a `shutdown` came first."""
@@ -377,25 +380,28 @@ class BaseServer:
                     f"{type(self).__name__} does not listen: call server_bind() and "
                     "server_activate() before serve_forever()"
                 )
-            acceptor = Acceptor(self, wakeup=Wakeup())
+            acceptor = self._make_acceptor()
             self.__acceptors += (acceptor,)
         if ServerStarted.subscribers:
             emit(ServerStarted(self))
         return acceptor
 
-    def __stop(self, acceptor: Acceptor | None, loop: tuple[int, int]) -> None:
-        """Let go of what `__start` returned; after the last loop, release `shutdown`."""
-        if acceptor is not None:
-            acceptor.close()
-            if ServerStopped.subscribers:
-                emit(ServerStopped(self))
-        process, _ = loop
+    def __stop(self, loop: tuple[int, int]) -> None:
+        """Undo what `__start` did for this loop; after the last one, release `shutdown`."""
+        with self.__lock:
+            acceptors = self.__acceptors
+        for acceptor in acceptors:
+            if (acceptor.process, acceptor.thread) == loop:
+                acceptor.close()
+                if ServerStopped.subscribers:
+                    emit(ServerStopped(self))
+        process, thread = loop
         with self.__lock:
             # What a forked process has inherited is its parent's, to wake and to end.
             self.__acceptors = tuple(
                 other
                 for other in self.__acceptors
-                if other is not acceptor and other.process == process
+                if other.process == process and other.thread != thread
             )
             if not self.__acceptors:
                 self.__shutdown_request = False
@@ -489,9 +495,6 @@ class BaseServer:
             emit(ConnectionClosed(self, client_address, reason, time() - started))
 
 
-_NO_REQUEST: Final = object()
-
-
 class _Inline(threading.local):
     """The request that the serial engine serves in this thread.
 
@@ -499,21 +502,17 @@ class _Inline(threading.local):
     then learns what `prepare_request` had made of the request.
     """
 
-    request: Request = _NO_REQUEST
-    prepared: tuple[Request, ClientAddress] | None = None
+    serving: tuple[Request, Request, ClientAddress] | None = None
+    """As `process_request` was given it; as the handler sees it; and its client address."""
 
     def leave(
         self, request: Request, client_address: ClientAddress
     ) -> tuple[Request, ClientAddress]:
         """Return the request, if it was served here, as the handler saw it."""
-        is_ours = self.request is request
-        seen = self.prepared if is_ours else None
-        self.forget()
-        return (request, client_address) if seen is None else seen
-
-    def forget(self) -> None:
-        """Hold on to no request."""
-        self.request, self.prepared = _NO_REQUEST, None
+        serving, self.serving = self.serving, None
+        if serving is None or serving[0] is not request:
+            return request, client_address
+        return serving[1:]
 
 
 _inline: Final = _Inline()

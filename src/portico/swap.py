@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import portico
-from portico.engines import serve
+from portico.engines import serve, serve_foreign
 from portico.engines.threads import _NoThreads, _Threads
 from portico.errors import PorticoError, SettingError
 
@@ -92,7 +92,6 @@ THREADED: Final = ("TCPServer", "UDPServer", "UnixStreamServer", "UnixDatagramSe
 ENGINES: Final[Mapping[str, str]] = {
     "threads": "portico.engines.threads.ThreadingMixIn",
     "forks": "portico.engines.forks.ForkingMixIn",
-    "green": "portico.engines.green.GreenMixIn",
     "serial": "portico.swap.SerialMixIn",
 }
 """What can stand behind ``ThreadingMixIn``, as the paths of the mix-ins."""
@@ -107,8 +106,11 @@ class ProgramError(PorticoError):
     """
 
     def __init__(self, program: str, reason: str) -> None:
-        super().__init__(f"cannot run {program!r}: {reason}")
+        super().__init__(program, reason)
         self.program, self.reason = program, reason
+
+    def __str__(self) -> str:
+        return f"cannot run {self.program!r}: {self.reason}"
 
 
 # ------------------------------------------------------------------------------------ the face
@@ -196,7 +198,11 @@ class _StandIn(_Base):
 
     def process_request_thread(self, request: Any, client_address: Any) -> bool:
         """Serve one request to its end, in a worker; programs extend it."""
-        return super().serve_request(request, client_address)
+        serve_request = getattr(super(), "serve_request", None)
+        if serve_request is not None:
+            return bool(serve_request(request, client_address))
+        # In front of a server that a module imported before portico came.
+        return serve_foreign(self, request, client_address)
 
     def serve_request(self, request: Any, client_address: Any) -> bool:
         """Serve one request as the program's `process_request_thread` does."""
@@ -359,42 +365,45 @@ def run_path(path: str | os.PathLike[str], args: Sequence[str] = ()) -> None:
         _run_archive(program)
         return
     _set_first_path(str(Path(program).resolve().parent))
-    absolute = str(Path(program).absolute())
+    main = types.ModuleType("__main__")
+    main.__file__ = str(Path(program).absolute())
     try:
-        code = _load_file(absolute)
+        main.__loader__, code = _load_file(main.__file__)
     except OSError as error:
         raise ProgramError(program, error.strerror or str(error)) from error
-    main = types.ModuleType("__main__")
-    main.__file__ = absolute
-    main.__loader__ = SourceFileLoader("__main__", absolute)
     _become_main(main, code)
 
 
 def _run_archive(program: str) -> None:
-    """Run the ``__main__`` of a directory or a zip file."""
-    spec = PathFinder.find_spec("__main__", [program])
+    """Run the ``__main__`` of a directory or a zip file, which is on the path then."""
+    absolute = str(Path(program).absolute())
+    spec = PathFinder.find_spec("__main__", [absolute])
     if spec is None:
         raise ProgramError(program, "there is no __main__ module in it")
-    if sys.flags.safe_path:  # which is about the script's own directory, not about an archive
-        sys.path.insert(0, program)
-    _set_first_path(program)
+    if sys.flags.safe_path:  # there is no directory of ours in front, but the archive has to be
+        sys.path.insert(0, absolute)
+    _set_first_path(absolute)
     _run_spec(spec)
 
 
-def _load_file(path: str) -> types.CodeType:
+def _load_file(path: str) -> tuple[SourceFileLoader | SourcelessFileLoader, types.CodeType]:
     """Compile a file of source, or load one of bytecode; neither leaves a cache behind."""
     if path.endswith(tuple(BYTECODE_SUFFIXES)):
-        code = SourcelessFileLoader("__main__", path).get_code("__main__")
+        sourceless = SourcelessFileLoader("__main__", path)
+        code = sourceless.get_code("__main__")
         assert code is not None  # this loader raises instead
-        return code
+        return sourceless, code
     with io.open_code(path) as file:
-        return compile(file.read(), path, "exec", dont_inherit=True)
+        source = file.read()
+    return SourceFileLoader("__main__", path), compile(source, path, "exec", dont_inherit=True)
 
 
 def _find_program(name: str) -> ModuleSpec:
     """Return the spec of a module, or of the ``__main__`` of a package."""
+    if not name or name.startswith(".") or name == "__main__":
+        raise ProgramError(name, "it is not the name of a module")
     try:
-        spec = importlib.util.find_spec(name) if name and not name.startswith(".") else None
+        spec = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the program is there, and imports something that is not
@@ -405,7 +414,7 @@ def _find_program(name: str) -> ModuleSpec:
         raise ProgramError(name, f"no module named {name!r}")
     if spec.submodule_search_locations is None:
         return spec
-    if name == "__main__" or name.endswith(".__main__"):
+    if name.endswith(".__main__"):
         raise ProgramError(name, "a package cannot be a program's __main__ module")
     try:
         return _find_program(f"{name}.__main__")
