@@ -1,0 +1,93 @@
+# Two targets are all that a newcomer needs:
+#
+#   make run     starts the main example and says what to type in another terminal
+#   make test    runs everything that CI runs
+#
+# Both make .venv first.  PYTHON names another interpreter, PORT another port for `run`.
+
+PYTHON ?= python3
+PORT ?= 6380
+
+UPGRADE ?=
+
+BIN := .venv/bin
+
+# CPython's own tests, which run in every supported interpreter by themselves.
+CPYTHON_TESTS := tests/compat/test_cpython.py
+
+# One resolution for every supported Python, with markers where they differ, and without the
+# addresses and folders of the machine that made it.
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --quiet \
+	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help run test environment lint format types unit wheel-suite compat \
+	docs wheel bench lock changelog pre-commit clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: ## start the key-value server; PORT=6380 chooses where
+	@$(PYTHON) tools/environment.py .venv requirements/run.txt
+	@exec $(BIN)/python examples/keyvalue.py $(PORT)
+
+test: lint types unit wheel-suite compat docs ## run everything that CI runs
+
+environment: ## make .venv with all tools in it, or bring it up to date
+	@$(PYTHON) tools/environment.py .venv requirements/dev.txt
+
+lint: environment ## check formatting and rules (ruff)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: environment ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: environment ## check types (mypy, pyright) and that the public face is complete
+	$(BIN)/mypy
+	$(BIN)/pyright --warnings
+	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes portico --ignoreexternal
+
+unit: environment ## run the tests on the sources, with coverage of lines and branches
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --ignore=$(CPYTHON_TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+wheel-suite: wheel ## run the tests on the built wheel, on every other supported Python
+	$(BIN)/python -m tools.wheel_suite --ignore=$(CPYTHON_TESTS) --quiet
+
+bench: environment ## measure every engine beside its peers
+	@$(PYTHON) tools/environment.py .venv requirements/bench.txt
+	$(BIN)/python -m benchmarks
+
+compat: environment ## run CPython's own tests on portico, on every supported Python
+	$(BIN)/python -m pytest $(CPYTHON_TESTS)
+
+docs: environment ## build the documentation; any warning is an error
+	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going --quiet \
+		--doctree-dir docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+wheel: environment ## build the wheel and the source distribution into dist/
+	@rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	@ls dist
+
+lock: environment ## pin every dependency anew in requirements/; UPGRADE=--upgrade for the newest
+	$(COMPILE) --group dev --output-file requirements/dev.txt $(UPGRADE)
+	$(COMPILE) --group bench --output-file requirements/bench.txt --constraint requirements/dev.txt
+	$(COMPILE) --group build --output-file requirements/run.txt --constraint requirements/dev.txt
+	$(COMPILE) --group test --output-file requirements/test.txt --constraint requirements/dev.txt
+
+pre-commit: environment ## run the same checks before each commit
+	$(BIN)/pre-commit install
+
+changelog: environment ## show what the fragments in changelog.d/ say so far
+	$(BIN)/towncrier build --draft --version next
+
+clean: ## remove environments, builds and caches
+	rm -rf .venv .venv.lock .venvs dist docs/_build .coverage .coverage.* htmlcov .hypothesis \
+		.mypy_cache .pytest_cache .ruff_cache
+	find src tests examples docs tools -name __pycache__ -type d -exec rm -rf {} +
