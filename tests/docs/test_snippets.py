@@ -1,0 +1,128 @@
+"""The programs that the documentation shows do what it says."""
+
+import io
+import logging
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import portico
+
+from .conftest import SNIPPETS, WAIT, Run
+
+Load = Callable[[str], ModuleType]
+
+
+@contextmanager
+def serving(server: Any) -> Iterator[Any]:
+    """Serve in a thread while the block runs; portico's servers and others."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join(WAIT)
+
+
+def converse(server: Any, text: bytes = b"") -> bytes:
+    """Send a text, end it, and return everything that comes back."""
+    with socket.create_connection(server.server_address, timeout=WAIT) as connection:
+        connection.sendall(text)
+        connection.shutdown(socket.SHUT_WR)
+        return connection.makefile("rb").read()
+
+
+def test_echo(run: Run) -> None:
+    with run("echo.py") as server:
+        assert converse(server, b"one\ntwo\n") == b"one\ntwo\n"
+
+
+def test_ask(run: Run) -> None:
+    with run("echo.py") as server:
+        host, port = server.server_address
+        command = [sys.executable, str(SNIPPETS / "ask.py"), host, str(port), "hello"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=WAIT)
+    assert answer.stdout == "hello\n"
+
+
+def test_greet(load: Load) -> None:
+    handler = load("greet.py").Greet
+    with serving(portico.TCPServer(("127.0.0.1", 0), handler)) as server:
+        assert converse(server, b"Ada\n") == b"Hello Ada!\n"
+
+
+def test_greet_refuses_what_is_no_name(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tutorial shows that the error of one client is reported and stays with it."""
+    handler = load("greet.py").Greet
+    with serving(portico.TCPServer(("127.0.0.1", 0), handler)) as server:
+        assert converse(server, b"42\n") == b""
+        assert converse(server, b"Ada\n") == b"Hello Ada!\n"
+    assert "ValueError: not a name: '42'" in capsys.readouterr().err
+
+
+def test_combine(load: Load) -> None:
+    snippet = load("combine.py")
+    with serving(snippet.EchoServer(("127.0.0.1", 0), snippet.Echo)) as server:
+        assert converse(server, b"hello\n") == b"hello\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("clock.py", socketserver), ("ported.py", portico)],
+    ids=["before", "after"],
+)
+def test_clock_is_the_same_program_before_and_after_porting(
+    run: Run, name: str, module: ModuleType
+) -> None:
+    with run(name, "0") as server:
+        assert isinstance(server, module.BaseServer)
+        time.strptime(converse(server).decode(), "%H:%M:%S\n")
+
+
+def test_count(load: Load) -> None:
+    snippet = load("count.py")
+    try:
+        with serving(load("combine.py").EchoServer(("127.0.0.1", 0), load("combine.py").Echo)) as s:
+            converse(s, b"hello\n")
+    finally:
+        snippet.stop_counting()
+    assert snippet.ended == {"finished": 1}
+
+
+def test_log(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    snippet = load("log.py")
+    try:
+        with serving(portico.TCPServer(("127.0.0.1", 0), portico.StreamRequestHandler)):
+            pass
+    finally:
+        snippet.detach()
+    lines = log.getvalue().splitlines()
+    assert lines
+    assert all(line.startswith("INFO TCPServer at") for line in lines)
+
+
+def test_web(run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page.txt").write_text("a page")
+    monkeypatch.chdir(tmp_path)
+    with run("web.py") as server:
+        assert isinstance(server, portico.ThreadingMixIn)
+        host, port = server.server_address
+        with urllib.request.urlopen(f"http://{host}:{port}/page.txt", timeout=WAIT) as answer:
+            assert answer.read() == b"a page"
