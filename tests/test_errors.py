@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import copy
+import errno
+import pickle
+from collections.abc import Callable
+
+import pytest
+
+from portico.errors import AddressError, ListenerError, PorticoError, SettingError
+
+SETTING = SettingError("max_connections", 0, "1 or more, or None for no limit")
+ADDRESS = AddressError("http://localhost", "a scheme of tcp, udp or unix")
+LISTENER = ListenerError(errno.EINVAL, "it does not listen")
+
+
+def test_a_setting_error_says_what_would_be_right() -> None:
+    assert str(SETTING) == "max_connections=0: expected 1 or more, or None for no limit"
+
+
+def test_a_setting_error_carries_its_values() -> None:
+    assert (SETTING.name, SETTING.value) == ("max_connections", 0)
+    assert SETTING.expected == "1 or more, or None for no limit"
+
+
+def test_an_address_error_says_what_would_be_right() -> None:
+    assert str(ADDRESS) == "address='http://localhost': expected a scheme of tcp, udp or unix"
+
+
+def test_an_address_error_carries_its_values() -> None:
+    assert (ADDRESS.address, ADDRESS.expected) == (
+        "http://localhost",
+        "a scheme of tcp, udp or unix",
+    )
+
+
+def test_a_listener_error_keeps_the_number_of_the_error() -> None:
+    assert LISTENER.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("error", "built_in"), [(SETTING, ValueError), (ADDRESS, ValueError), (LISTENER, OSError)]
+)
+def test_an_error_is_ours_and_what_a_program_catches_already(
+    error: PorticoError, built_in: type[Exception]
+) -> None:
+    with pytest.raises(PorticoError) as caught:
+        raise error
+    assert isinstance(caught.value, built_in)
+
+
+def pickled(error: PorticoError) -> PorticoError:
+    same: PorticoError = pickle.loads(pickle.dumps(error))
+    return same
+
+
+@pytest.mark.parametrize(
+    "error", [SETTING, ADDRESS, LISTENER], ids=["setting", "address", "listener"]
+)
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deep", "pickle"]
+)
+def test_an_error_can_be_sent_to_another_process(
+    error: PorticoError, copied: Callable[[PorticoError], PorticoError]
+) -> None:
+    same = copied(error)
+    assert (type(same), str(same), vars(same)) == (type(error), str(error), vars(error))
