@@ -18,6 +18,7 @@ from click.testing import CliRunner
 import portico
 from portico import cli, events, service, swap
 from portico.address import parse
+from portico.engines import ENGINES
 from portico.service import Tally
 
 HANDLER = "portico:BaseRequestHandler"
@@ -145,7 +146,7 @@ def test_what_cannot_be_served_has_status_2_and_one_line(
 
 
 @pytest.mark.usefixtures("stop_when_serving")
-@pytest.mark.parametrize("engine", service.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_server_says_when_it_is_ready_and_what_it_did(
     engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

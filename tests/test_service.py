@@ -15,9 +15,10 @@ import pytest
 import portico
 from portico import address, events, service
 from portico.address import InternetAddress, Scheme, UnixAddress
+from portico.engines import ENGINES
 from portico.errors import ListenerError
 from portico.listener import resolve
-from portico.service import ENGINES, FAMILIES, Service, Tally, server_class
+from portico.service import FAMILIES, Service, Tally, server_class
 
 LOOPBACK = "tcp://127.0.0.1:0"
 

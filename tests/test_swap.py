@@ -26,8 +26,8 @@ import pytest
 
 import portico
 from portico import acceptor, families, handlers, server
-from portico.engines import forks, threads
-from portico.swap import ENGINES, PUBLIC, REPLACEABLE, Face, ProgramError, run_module, run_path
+from portico.engines import ENGINES, forks, threads
+from portico.swap import PUBLIC, REPLACEABLE, Face, ProgramError, run_module, run_path
 from tests.compat.peers import PATIENCE, ask, connect, serving, shout
 
 LOCALHOST = ("127.0.0.1", 0)

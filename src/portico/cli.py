@@ -17,7 +17,8 @@ from typing import IO, Any, Final, NoReturn
 import click
 
 import portico
-from portico import address, logs, service, swap, target
+from portico import address, logs, swap, target
+from portico.engines import ENGINES
 from portico.errors import PorticoError
 from portico.service import Service, Tally
 
@@ -47,7 +48,7 @@ def commands() -> None:
 @click.argument("address_texts", metavar="ADDRESS...", nargs=-1, required=True)
 @click.option(
     "--engine",
-    type=click.Choice(list(service.ENGINES)),
+    type=click.Choice(list(ENGINES)),
     default="threads",
     show_default=True,
     help="What runs the handlers.",
@@ -91,7 +92,7 @@ def serve(target_name: str, address_texts: tuple[str, ...], *, engine: str, log_
 @commands.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--engine",
-    type=click.Choice(list(swap.ENGINES)),
+    type=click.Choice(list(ENGINES)),
     default="threads",
     show_default=True,
     help="What stands behind ThreadingMixIn.",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from portico import listener
 from portico.acceptor import Wakeup
 from portico.address import Address, Scheme
+from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
 from portico.events import (
     CloseReason,
@@ -38,13 +39,6 @@ if TYPE_CHECKING:
     _Base: TypeAlias = TCPServer
 else:
     _Base = object
-
-ENGINES: Final[Mapping[str, str | None]] = {
-    "threads": "portico.engines.threads:ThreadingMixIn",
-    "forks": "portico.engines.forks:ForkingMixIn",
-    "serial": None,
-}
-"""The engines by name, and where the mix-in of each is; it is imported when it is asked for."""
 
 FAMILIES: Final[Mapping[Scheme, type[TCPServer]]] = {
     Scheme.TCP: TCPServer,
@@ -118,7 +112,7 @@ class Service:
         Args:
             handler: What serves each request.
             addresses: Where; at least one.
-            engine: A key of `ENGINES`.
+            engine: A key of `portico.engines.ENGINES`.
 
         Raises:
             ListenerError: An address cannot be had.

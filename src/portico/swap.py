@@ -29,7 +29,7 @@ import pkgutil
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import (
     BYTECODE_SUFFIXES,
     ModuleSpec,
@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import portico
-from portico.engines import serve, serve_foreign
+from portico.engines import ENGINES, serve, serve_foreign
 from portico.engines.threads import _NoThreads, _Threads
 from portico.errors import PorticoError, SettingError
 
@@ -88,13 +88,6 @@ VERSION: Final = "0.4"
 
 THREADED: Final = ("TCPServer", "UDPServer", "UnixStreamServer", "UnixDatagramServer")
 """The families that the standard library combines with ``ThreadingMixIn``."""
-
-ENGINES: Final[Mapping[str, str]] = {
-    "threads": "portico.engines.threads.ThreadingMixIn",
-    "forks": "portico.engines.forks.ForkingMixIn",
-    "serial": "portico.swap.SerialMixIn",
-}
-"""What can stand behind ``ThreadingMixIn``, as the paths of the mix-ins."""
 
 
 class ProgramError(PorticoError):
@@ -171,7 +164,9 @@ class Face(types.ModuleType):
 
 def _threading_classes(engine: str) -> dict[str, type]:
     """Make ``ThreadingMixIn`` and what is built with it, so that `engine` runs the requests."""
-    mixin = _make_class("ThreadingMixIn", (_StandIn, pkgutil.resolve_name(ENGINES[engine])))
+    path = ENGINES[engine]
+    runner = SerialMixIn if path is None else pkgutil.resolve_name(path)
+    mixin = _make_class("ThreadingMixIn", (_StandIn, runner))
     mixin.__doc__ = f"Serve each request as the {engine} engine does."
     families = (name for name in THREADED if hasattr(portico, name))
     return {"ThreadingMixIn": mixin} | {
@@ -260,7 +255,7 @@ def install(engine: str = "threads") -> None:
 
     Args:
         engine: What runs the requests of servers made with ``ThreadingMixIn``: a key of
-            `ENGINES`.
+            `portico.engines.ENGINES`.
 
     Raises:
         SettingError: There is no such engine, or portico is in place with another one.

@@ -16,9 +16,18 @@ Modules of this folder replace each other; none imports another.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from portico.connection import ClientAddress, Request
+
+ENGINES: Final[Mapping[str, str | None]] = {
+    "threads": "portico.engines.threads:ThreadingMixIn",
+    "forks": "portico.engines.forks:ForkingMixIn",
+    "serial": None,
+}
+"""The engines by name, and where the mix-in of each is (`pkgutil.resolve_name`), so that it is
+imported when it is asked for.  The serial engine is a server without a mix-in."""
 
 
 def serve(server: Any, request: Request, client_address: ClientAddress) -> bool:
