@@ -15,13 +15,16 @@ BIN := .venv/bin
 # CPython's own tests, which run in every supported interpreter by themselves.
 CPYTHON_TESTS := tests/compat/test_cpython.py
 
+# Tests that measure a server; with coverage they would measure its tracer, too.
+MEASURING_TESTS := tests/benchmarks tests/scenarios/test_endurance.py
+
 # One resolution for every supported Python, with markers where they differ, and without the
 # addresses and folders of the machine that made it.
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --quiet \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test environment lint format types unit wheel-suite compat \
+.PHONY: help run test environment lint format types unit wheel-suite compat compat-next \
 	docs wheel bench lock changelog pre-commit clean
 
 help: ## say what there is
@@ -47,13 +50,14 @@ format: environment ## format the code and mend what ruff can mend
 types: environment ## check types (mypy, pyright) and that the public face is complete
 	$(BIN)/mypy
 	$(BIN)/pyright --warnings
-	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes portico --ignoreexternal
+	$(BIN)/python -m tools.typed_face
 
 unit: environment ## run the tests on the sources, with coverage of lines and branches
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --ignore=$(CPYTHON_TESTS)
+	$(BIN)/coverage run -m pytest $(addprefix --ignore=,$(CPYTHON_TESTS) $(MEASURING_TESTS))
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+	$(BIN)/python -m pytest $(MEASURING_TESTS)
 
 wheel-suite: wheel ## run the tests on the built wheel, on every other supported Python
 	$(BIN)/python -m tools.wheel_suite --ignore=$(CPYTHON_TESTS) --quiet
@@ -63,7 +67,10 @@ bench: environment ## measure every engine beside its peers
 	$(BIN)/python -m benchmarks
 
 compat: environment ## run CPython's own tests on portico, on every supported Python
-	$(BIN)/python -m pytest $(CPYTHON_TESTS)
+	$(BIN)/python -m pytest tests/compat
+
+compat-next: environment ## the same on Python 3.14 and 3.15, from Debian unstable; needs root
+	$(BIN)/python -m tools.compat_next
 
 docs: environment ## build the documentation; any warning is an error
 	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going --quiet \

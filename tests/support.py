@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 from weakref import WeakSet
 
 from portico import TCPServer, events
@@ -95,35 +95,41 @@ class Call(Generic[T]):
 
 # A forking server in the process of a test leaves each child a copy of every open socket, the
 # test's own clients among them, and while a child has a copy no client seems to close.  So every
-# client of this module is closed in each forked child.  The lock keeps a fork from coming between
-# the making of a client and its entry in the set.
-_clients: WeakSet[socket.socket] = WeakSet()
-_making = threading.Lock()
+# client of this module is closed in each forked child.  The lock keeps a fork from coming in the
+# middle of the making or the closing of one; it is re-entrant for the close in the child.
+_forking = threading.RLock()
+
+
+class Client(socket.socket):
+    """A socket of which a forked child has no copy."""
+
+    made: ClassVar[WeakSet[Client]] = WeakSet()
+
+    def __init__(self, family: int, kind: int) -> None:
+        with _forking:
+            super().__init__(family, kind)
+            self.made.add(self)
+        self.settimeout(PATIENCE)
+
+    def close(self) -> None:
+        with _forking:
+            super().close()
 
 
 def _close_in_child() -> None:
-    for client in tuple(_clients):
+    for client in tuple(Client.made):
         client.close()
-    _making.release()
+    _forking.release()
 
 
 os.register_at_fork(
-    before=_making.acquire, after_in_parent=_making.release, after_in_child=_close_in_child
+    before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_in_child
 )
-
-
-def client_socket(family: int, kind: int) -> socket.socket:
-    """Make a socket for a client; a forked child of this process has no copy of it."""
-    with _making:
-        client = socket.socket(family, kind)
-        _clients.add(client)
-    client.settimeout(PATIENCE)
-    return client
 
 
 def connect(server: TCPServer) -> socket.socket:
     """Connect a client to `server`, whatever the kind of its socket."""
-    client = client_socket(server.address_family, server.socket_type)
+    client = Client(server.address_family, server.socket_type)
     try:
         if (client.family, client.type) == (socket.AF_UNIX, socket.SOCK_DGRAM):
             client.bind("")  # an address that Linux chooses, for the reply

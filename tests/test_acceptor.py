@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 from time import monotonic as time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from portico.acceptor import (
     is_open,
     recovery,
 )
-from tests.support import PATIENCE, Call, client_socket, nothing_left_behind, run_program
+from tests.support import PATIENCE, Call, Client, nothing_left_behind, run_program
 
 
 @pytest.fixture
@@ -144,6 +145,13 @@ def test_a_connection_is_a_listener_of_the_programs_own_kind() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert is_listening(Holder(ours))
+
+
+def test_an_object_that_knows_little_is_a_listener_of_the_programs_own_kind(
+    listener: socket.socket,
+) -> None:
+    little = SimpleNamespace(fileno=listener.fileno, type=socket.SOCK_STREAM)
+    assert is_listening(Holder(little))
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
@@ -375,7 +383,7 @@ def test_ten_thousand_wakeups_from_two_threads_leave_the_lock_free(wakeup: Wakeu
 
 
 def knock(listener: socket.socket) -> socket.socket:
-    client = client_socket(listener.family, listener.type)
+    client = Client(listener.family, listener.type)
     client.connect(listener.getsockname())
     return client
 

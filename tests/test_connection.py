@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from portico.connection import PEER_GONE_ERRNOS, is_peer_gone
-from tests.support import client_socket, reset
+from tests.support import Client, reset
 
 BROKEN_PIPE = BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -22,7 +22,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         ours, theirs = socket.socketpair()
     else:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            theirs = client_socket(socket.AF_INET, socket.SOCK_STREAM)
+            theirs = Client(socket.AF_INET, socket.SOCK_STREAM)
             theirs.connect(listener.getsockname())
             ours, _ = listener.accept()
     with ours, theirs:
@@ -45,7 +45,7 @@ def test_a_peer_that_closed_is_gone(pair: Pair) -> None:
 
 def test_a_peer_that_reset_the_connection_is_gone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        peer = client_socket(socket.AF_INET, socket.SOCK_STREAM)
+        peer = Client(socket.AF_INET, socket.SOCK_STREAM)
         peer.connect(listener.getsockname())
         request, _ = listener.accept()
     with request:

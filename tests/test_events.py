@@ -663,6 +663,9 @@ with socket.create_connection(server.server_address) as client:  # what is made 
     client.sendall(b"first\\n")
     assert client.recv(64) == b"first\\n"
     assert client.recv(64) == b""
+for thread in threading.enumerate():  # its handler has closed its end, not only shut it down
+    if thread not in (serving, threading.main_thread()):
+        thread.join()
 
 client = socket.socket()
 client.settimeout(60)

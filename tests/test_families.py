@@ -380,6 +380,16 @@ def test_the_end_of_a_datagram_is_not_the_end_of_the_listener(
         assert datagram.get_request()[0][0] == b"second"
 
 
+def test_an_engine_may_receive_without_waiting(datagram: UDPServer) -> None:
+    """It takes all that is there, and has to notice when there is no more."""
+    datagram.receive_flags = socket.MSG_DONTWAIT
+    with connect(datagram) as client:
+        client.send(b"hello")
+        assert datagram.get_request()[0][0] == b"hello"
+        with pytest.raises(BlockingIOError):
+            datagram.get_request()
+
+
 def test_a_sender_without_a_name_has_no_address(tmp_path: Path) -> None:
     with UnixDatagramServer(str(tmp_path / "socket"), do_nothing) as server:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:

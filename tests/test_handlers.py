@@ -6,6 +6,7 @@ import io
 import socket
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -155,6 +156,17 @@ def test_the_writer_sends_at_once(pair: Pair) -> None:
     handler.wfile.write(b"at once")
     assert client.recv(64) == b"at once"
     handler.finish()
+
+
+def test_a_socket_may_bring_a_writer_of_its_own() -> None:
+    """Asked of its class: a mock, which has an answer to everything, is given the usual one."""
+
+    class Special(Fake):
+        def make_writer(self) -> io.BytesIO:
+            return io.BytesIO(b"special")
+
+    assert with_settings()(Special(b"")).wfile.getvalue() == b"special"
+    assert type(with_settings()(Mock()).wfile) is _SocketWriter
 
 
 def test_a_buffered_writer_sends_at_the_end(pair: Pair) -> None:

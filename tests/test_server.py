@@ -32,7 +32,6 @@ from tests.support import (
     ask,
     connect,
     descriptors,
-    eventually,
     in_child,
     nothing_left_behind,
     received,
@@ -411,6 +410,35 @@ def test_the_handler_gets_what_prepare_request_returns(server: TCPServer) -> Non
     (request, word), address, (again, _), address_again = seen
     assert (word, address, address_again) == ("prepared", "address", "address")
     assert [held for held, _ in closed] == [request, again]
+
+
+def test_a_handler_may_serve_another_server(server: TCPServer) -> None:
+    """In its own thread; each of both requests is closed as it was prepared."""
+    closed: list[Any] = []
+
+    def close(request: tuple[socket.socket, str]) -> None:
+        closed.append(request[1])
+        request[0].close()
+
+    def serve_the_other(*_: object) -> None:
+        other.handle_request()
+        raise ValueError("the handler fails")
+
+    with TCPServer(LOOPBACK, do_nothing) as other, connect(other), connect(server):
+        for which, name in ((server, "outer"), (other, "inner")):
+            replace(
+                which,
+                prepare_request=partial(named, name),
+                handle_error=lambda *_: None,
+                shutdown_request=close,
+            )
+        server.RequestHandlerClass = serve_the_other
+        server.handle_request()
+    assert closed == ["inner", "outer"]
+
+
+def named(name: str, request: Any, client_address: Any) -> Any:
+    return (request, name), client_address
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -909,6 +937,7 @@ def test_a_child_of_a_serving_process_serves_for_itself(server: TCPServer) -> No
             server.shutdown()
             serving.result()
 
+        server.socket.setblocking(False)  # both wake up for a client, and only one gets it
         with RunningServer(server) as running:
             call = Call(in_child, serve_and_stop)
             assert running.ask(b"hello\n") == b"hello\n"  # of one of both
@@ -1141,7 +1170,7 @@ def test_a_request_is_not_kept_alive_after_its_end(server: TCPServer, handler: H
         handler(held, client_address, server)
 
     server.RequestHandlerClass = hold
-    replace(server, handle_error=do_nothing)
+    replace(server, handle_error=lambda *_: None)
     with connect(server):
         server.handle_request()
     gc.collect()
@@ -1161,4 +1190,3 @@ def test_ten_clients_at_a_time_leave_nothing_behind() -> None:
     with nothing_left_behind(), RunningServer(ThreadingTCPServer(LOOPBACK, Echo)) as running:
         calls = [Call(running.ask, b"%d\n" % number) for number in range(10)]
         assert [call.result() for call in calls] == [b"%d\n" % number for number in range(10)]
-        eventually(lambda: threading.active_count() <= 3, "the handlers have ended")

@@ -21,8 +21,11 @@ class SettingError(PorticoError, ValueError):
     """
 
     def __init__(self, name: str, value: object, expected: str) -> None:
-        super().__init__(f"{name}={value!r}: expected {expected}")
+        super().__init__(name, value, expected)
         self.name, self.value, self.expected = name, value, expected
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r}: expected {self.expected}"
 
 
 class AddressError(PorticoError, ValueError):
@@ -34,8 +37,11 @@ class AddressError(PorticoError, ValueError):
     """
 
     def __init__(self, address: str, expected: str) -> None:
-        super().__init__(f"address={address!r}: expected {expected}")
+        super().__init__(address, expected)
         self.address, self.expected = address, expected
+
+    def __str__(self) -> str:
+        return f"address={self.address!r}: expected {self.expected}"
 
 
 class ListenerError(PorticoError, OSError):

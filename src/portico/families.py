@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from portico.connection import ClientAddress, Request
 from portico.events import DatagramCut, ListenerBound, emit
@@ -50,7 +50,7 @@ class TCPServer(BaseServer):
     def __init__(
         self,
         server_address: Any,
-        RequestHandlerClass: Callable[[Any, Any, Self], Any],
+        RequestHandlerClass: Callable[[Any, Any, Any], Any],
         bind_and_activate: bool = True,
     ) -> None:
         """Make the listener, and bind and activate it unless told not to.

@@ -85,8 +85,8 @@ class StreamRequestHandler(BaseRequestHandler):
         if self.wbufsize == 0:
             # An engine's socket may know a better way to send small writes.  Asked of the type,
             # because a mock has an answer to everything.
-            make_writer = getattr(type(self.connection), "make_writer", _SocketWriter)
-            self.wfile = make_writer(self.connection)
+            kind: Any = type(self.connection)
+            self.wfile = getattr(kind, "make_writer", _SocketWriter)(self.connection)
         else:
             self.wfile = self.connection.makefile("wb", self.wbufsize)
 
@@ -120,10 +120,10 @@ class _SocketWriter(BufferedIOBase):
         """Return ``True``."""
         return True
 
-    def write(self, data: Buffer) -> int:
-        """Send all of `data`, a buffer of any kind, and return its size in bytes."""
-        self._sock.sendall(data)
-        with memoryview(data) as view:
+    def write(self, b: Buffer) -> int:
+        """Send all of `b`, a buffer of any kind, and return its size in bytes."""
+        self._sock.sendall(b)
+        with memoryview(b) as view:
             return view.nbytes
 
     def fileno(self) -> int:

@@ -75,7 +75,7 @@ class BaseServer:
         def fileno(self) -> int: ...  # noqa: D102
         def get_request(self) -> tuple[Request, ClientAddress]: ...  # noqa: D102
 
-    RequestHandlerClass: Callable[[Any, Any, Self], Any]
+    RequestHandlerClass: Callable[[Any, Any, Any], Any]
 
     # Before __init__ ran, or when a subclass never calls it, these stand in.
     __lock = threading.RLock()
@@ -89,7 +89,7 @@ class BaseServer:
     def __init__(
         self,
         server_address: Any,
-        RequestHandlerClass: Callable[[Any, Any, Self], Any],
+        RequestHandlerClass: Callable[[Any, Any, Any], Any],
     ) -> None:
         """Keep both arguments as attributes; open nothing.
 
@@ -247,8 +247,6 @@ class BaseServer:
                 self.__refuse(request, client_address, RefusalReason.NOT_VERIFIED)
             else:
                 self.process_request(request, client_address)
-                if _inline.serving is not None:  # a program's process_request kept an error back
-                    _inline.serving = None
         except Exception as error:
             self.__fail(*_inline.leave(request, client_address), error, started)
         except BaseException as error:
@@ -271,8 +269,16 @@ class BaseServer:
 
     def process_request(self, request: Request, client_address: ClientAddress) -> None:
         """Serve the request, here and now; an engine's mix-in hands it to a worker instead."""
-        _inline.serving = request, request, client_address
-        self.serve_request(request, client_address)
+        outer = _inline.serving  # of a handler that serves another server
+        _inline.serving = serving = [request, request, client_address]
+        try:
+            self.serve_request(request, client_address)
+        except BaseException:
+            if serving[1] is not request:
+                _inline.prepared = serving
+            raise
+        finally:
+            _inline.serving = outer
 
     def serve_request(self, request: Request, client_address: ClientAddress) -> bool:
         """Run one request to its end and close it; what a worker calls.
@@ -292,9 +298,8 @@ class BaseServer:
         inline = _inline.serving
         if inline is not None and inline[0] is request:
             request, client_address = self.prepare_request(request, client_address)
-            _inline.serving = inline[0], request, client_address
+            inline[1:] = request, client_address
             self.finish_request(request, client_address)
-            _inline.serving = None
         else:
             try:
                 request, client_address = self.prepare_request(request, client_address)
@@ -319,7 +324,7 @@ class BaseServer:
         """
         return request, client_address
 
-    def finish_request(self: Self, request: Request, client_address: ClientAddress) -> None:
+    def finish_request(self, request: Request, client_address: ClientAddress) -> None:
         """Make the handler, which does all its work in its constructor."""
         self.RequestHandlerClass(request, client_address, self)
 
@@ -496,23 +501,27 @@ class BaseServer:
 
 
 class _Inline(threading.local):
-    """The request that the serial engine serves in this thread.
+    """What the serial engine serves in this thread.
 
-    It outlives the call of `process_request` when the handler raises: the step that called it
-    then learns what `prepare_request` had made of the request.
+    A list each: the request as `process_request` was given it, the request as the handler sees
+    it, and its client address.
     """
 
-    serving: tuple[Request, Request, ClientAddress] | None = None
-    """As `process_request` was given it; as the handler sees it; and its client address."""
+    serving: list[Any] | None = None
+    """The request under way."""
+
+    prepared: list[Any] | None = None
+    """A request that failed after `prepare_request` had made another one of it: on its way
+    through `process_request` to the step, which closes it."""
 
     def leave(
         self, request: Request, client_address: ClientAddress
     ) -> tuple[Request, ClientAddress]:
-        """Return the request, if it was served here, as the handler saw it."""
-        serving, self.serving = self.serving, None
-        if serving is None or serving[0] is not request:
+        """Return a request that failed, if it was served here, as the handler saw it."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is None or prepared[0] is not request:
             return request, client_address
-        return serving[1:]
+        return prepared[1], prepared[2]
 
 
 _inline: Final = _Inline()

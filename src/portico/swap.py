@@ -166,7 +166,9 @@ def _threading_classes(engine: str) -> dict[str, type]:
     """Make ``ThreadingMixIn`` and what is built with it, so that `engine` runs the requests."""
     path = ENGINES[engine]
     runner = SerialMixIn if path is None else pkgutil.resolve_name(path)
-    mixin = _make_class("ThreadingMixIn", (_StandIn, runner))
+    calls_it = hasattr(runner, "process_request_thread")
+    bases = (_Threaded, runner) if calls_it else (_Threaded, _InThread, runner)
+    mixin = _make_class("ThreadingMixIn", bases)
     mixin.__doc__ = f"Serve each request as the {engine} engine does."
     families = (name for name in THREADED if hasattr(portico, name))
     return {"ThreadingMixIn": mixin} | {
@@ -180,19 +182,32 @@ def _make_class(name: str, bases: tuple[type, ...]) -> type:
     return type(name, bases, {"__module__": REPLACED})
 
 
-class _StandIn(_Base):
-    """What programs expect of a ``ThreadingMixIn``, in front of whichever engine.
-
-    Owns `process_request_thread`, which a worker of the engine calls, and what servers of this
-    kind say about threads.
-    """
+class _Threaded(_Base):
+    """What servers made with a ``ThreadingMixIn`` say about threads, in front of any engine."""
 
     daemon_threads: bool = False
     block_on_close: bool = True
     _threads: _Threads | _NoThreads = _NoThreads()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have the engine serve the request, beside a list of threads that programs look into."""
+        if self.block_on_close:
+            vars(self).setdefault("_threads", _Threads())
+        super().process_request(request, client_address)
+
+    def server_close(self) -> None:
+        """Close the server, and wait as for threads: not for daemons, but for the program's."""
+        if self.daemon_threads:
+            self.block_on_close = False
+        super().server_close()
+        self._threads.join()
+
+
+class _InThread(_Base):
+    """Has an engine's workers call `process_request_thread`, which programs extend."""
+
     def process_request_thread(self, request: Any, client_address: Any) -> bool:
-        """Serve one request to its end, in a worker; programs extend it."""
+        """Serve one request to its end."""
         serve_request = getattr(super(), "serve_request", None)
         if serve_request is not None:
             return bool(serve_request(request, client_address))
@@ -203,13 +218,6 @@ class _StandIn(_Base):
         """Serve one request as the program's `process_request_thread` does."""
         # An override returns nothing.
         return self.process_request_thread(request, client_address) is not False
-
-    def server_close(self) -> None:
-        """Close the server, and wait as for threads: not for daemons, but for the program's."""
-        if self.daemon_threads:
-            self.block_on_close = False
-        super().server_close()
-        self._threads.join()
 
 
 # ----------------------------------------------------------------------------- the replacement

@@ -8,16 +8,19 @@ that differs is run again alone, on both, before it counts.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from threading import Lock
 from typing import Final, TypeAlias
 
 import portico
@@ -39,6 +42,9 @@ TOLERATED: Final = {
     ),
 }
 """The tests that may fail on portico, each with the reason."""
+
+NEEDS: Final = {"green": "greenlet"}
+"""What an engine needs beside the standard library; interpreters get the version of this one."""
 
 SUITE_TIMEOUT: Final = 240.0
 """Seconds for one suite; the slowest, test_logging, takes 15 on an idle machine."""
@@ -77,8 +83,6 @@ class Python:
     """What starts it."""
     root: Path = Path("/")
     """What it takes for the root of the file system."""
-    packages: tuple[str, ...] = ()
-    """Folders on its path, as it sees them, besides the one with portico."""
 
 
 class Laboratory:
@@ -86,6 +90,7 @@ class Laboratory:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._installing = Lock()  # guards the folders of packages while they are filled
         shutil.copytree(
             Path(portico.__path__[0]),
             folder / "site" / "portico",
@@ -115,17 +120,33 @@ class Laboratory:
             command += ["--junit-xml", _seen_from(python.root, report), suite]
             for test in tests:
                 command += ["--match", test]
-            log = _run(command, self._environment(python, folder), folder)
+            log = _run(command, self._environment(python, engine, folder), folder)
             if not report.exists():
                 raise SuiteError(f"{' '.join(command)}\n{log}")
             return read_report(report.read_text())
 
-    def _environment(self, python: Python, folder: Path) -> dict[str, str]:
+    def _environment(self, python: Python, engine: str | None, folder: Path) -> dict[str, str]:
         """Keep what this process's own tools have set away from the interpreter."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        path = (_seen_from(python.root, self._folder / "site"), *python.packages)
-        temporary = _seen_from(python.root, folder)
-        return kept | {"PYTHONPATH": os.pathsep.join(path), "TMPDIR": temporary}
+        found = [self._folder / "site"]
+        if engine in NEEDS:
+            found.append(self._installed(NEEDS[engine], python.name))
+        path = os.pathsep.join(_seen_from(python.root, each) for each in found)
+        return kept | {"PYTHONPATH": path, "TMPDIR": _seen_from(python.root, folder)}
+
+    def _installed(self, distribution: str, version: str) -> Path:
+        """Return a folder with a distribution for a version of Python, filled once."""
+        folder = self._folder / f"{distribution}-{version}"
+        wanted = f"{distribution}=={importlib.metadata.version(distribution)}"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", wanted]
+        command += ["--target", str(folder), "--python-version", version]
+        command += ["--only-binary", ":all:", "--disable-pip-version-check"]
+        with self._installing:
+            if not folder.exists():
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    raise SuiteError(f"{' '.join(command)}\n{done.stderr}")
+        return folder
 
 
 def _swapped(engine: str | None) -> tuple[str, ...]:

@@ -22,8 +22,10 @@ from .conftest import PORT, SNIPPETS, WAIT
 
 SESSIONS = SNIPPETS / "sessions"
 
+ANY_PORT = "0"
+"""What stands for the port until the server has said which one it has."""
+
 VARYING = {
-    PORT: r"(?P<port>\d+)",
     "2026-11-22 12:00:00,000": r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}",
     "after 12.3 s": r"after \d+\.\d s",
     "12:00:00": r"\d\d:\d\d:\d\d",
@@ -37,7 +39,7 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = "0"
+        self.port = ANY_PORT
 
     def start(self, command: str) -> subprocess.Popen[str]:
         """Start a command; its two outputs come as one, as on a terminal."""
@@ -82,15 +84,11 @@ class Terminal:
         pattern = re.escape(line.replace("/tmp/", f"{self.folder}/"))
         for shown, varying in VARYING.items():
             pattern = pattern.replace(re.escape(shown), varying)
-        # A group may be named once; the port is the same in the whole line.
-        first, *rest = pattern.split(VARYING[PORT])
-        pattern = first + "".join(
-            (VARYING[PORT] if number == 0 else "(?P=port)") + part
-            for number, part in enumerate(rest)
-        )
+        port = r"\d+" if self.port == ANY_PORT else self.port
+        pattern = pattern.replace(PORT, f"({port})", 1).replace(PORT, port)
         match = re.fullmatch(pattern, read.rstrip("\n"))
-        if match and rest:
-            self.port = match["port"]
+        if match and match.groups():
+            self.port = match[1]
         return match is not None
 
 

@@ -23,10 +23,10 @@ from portico.engines import serve, serve_foreign
 from tests.support import (
     PATIENCE,
     Call,
+    Client,
     Journal,
     RunningServer,
     ask,
-    client_socket,
     connect,
     eventually,
     goodbye,
@@ -349,9 +349,14 @@ def foreign(name: str, **attributes: object) -> Any:
     return server_class(LOOPBACK, Answer)
 
 
+def foreign_client(server: Any) -> Client:
+    client = Client(server.address_family, server.socket_type)
+    client.connect(server.server_address)
+    return client
+
+
 def ask_foreign(server: Any, question: bytes) -> bytes:
-    with client_socket(server.address_family, server.socket_type) as client:
-        client.connect(server.server_address)
+    with foreign_client(server) as client:
         client.sendall(question)
         return goodbye(client)
 
@@ -397,8 +402,7 @@ def test_a_foreign_server_is_told_of_failures(name: str, monkeypatch: pytest.Mon
 def test_closing_a_foreign_server_waits_for_its_requests(name: str) -> None:
     with nothing_left_behind():
         server = foreign(name)
-        with client_socket(server.address_family, server.socket_type) as client:
-            client.connect(server.server_address)
+        with foreign_client(server) as client:
             Call(server.handle_request).result()
             closing = Call(server.server_close)
             client.sendall(b"last words\n")

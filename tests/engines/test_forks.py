@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -404,6 +405,24 @@ def test_a_single_request_at_the_limit_times_out() -> None:
             server.timeout = None
             server.handle_request()
             assert ask(second, b"second\n") == b"second\n"
+
+
+def test_a_server_that_cannot_rest_waits_at_its_limit(system: str) -> None:
+    """One that is not ours: the next request waits in the acceptor for a child to end."""
+
+    class Foreign(ForkingMixIn, socketserver.TCPServer):
+        max_children = 1
+
+    with nothing_left_behind():
+        server: Any = Foreign(LOOPBACK, Echo)
+        serving = Call(server.serve_forever, 0.01)
+        with connect(server) as first, connect(server) as second:
+            eventually(lambda: server.active_children, "the first has a child")
+            assert ask(first, b"first\n") == b"first\n"
+            assert ask(second, b"second\n") == b"second\n"
+        Call(server.shutdown).result()
+        serving.result()
+        Call(server.server_close).result()
 
 
 # --- closing ----------------------------------------------------------------------------

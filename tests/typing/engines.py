@@ -33,7 +33,7 @@ def serve() -> None:
     with ForkingWeb(("", 8001), http.server.SimpleHTTPRequestHandler) as forking:
         forking.serve_forever()
     with Calls(("", 8002)) as calls:
-        calls.register_function(pow)
+        calls.register_introspection_functions()
         calls.serve_forever()
     with portico.ThreadingTCPServer(("", 8003), http.server.SimpleHTTPRequestHandler) as ours:
         ours.serve_forever()

@@ -17,7 +17,7 @@ Modules of this folder replace each other; none imports another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import ClientAddress, Request
 
@@ -28,6 +28,24 @@ ENGINES: Final[Mapping[str, str | None]] = {
 }
 """The engines by name, and where the mix-in of each is (`pkgutil.resolve_name`), so that it is
 imported when it is asked for.  The serial engine is a server without a mix-in."""
+
+
+if TYPE_CHECKING:
+
+    class Hooks:
+        """What an engine extends or calls of the server that it stands in front of.
+
+        At run time a mix-in stands on nothing, and for the type checker on nothing with a
+        constructor, so that the constructor is that of the server, ours or not.
+        """
+
+        def handle_timeout(self) -> None: ...  # noqa: D102
+        def service_actions(self) -> None: ...  # noqa: D102
+        def server_close(self) -> None: ...  # noqa: D102
+        def close_request(self, request: Request) -> None: ...  # noqa: D102
+        def resume_accepting(self) -> None: ...  # noqa: D102
+else:
+    Hooks = object
 
 
 def serve(server: Any, request: Request, client_address: ClientAddress) -> bool:

@@ -7,23 +7,16 @@ import select
 import traceback
 from collections.abc import Collection
 from time import sleep
-from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
+from typing import Final, NoReturn
 
 from portico.connection import ClientAddress, Request
-from portico.engines import serve
-
-if TYPE_CHECKING:
-    from portico.server import BaseServer
-
-    _Base: TypeAlias = BaseServer
-else:
-    _Base = object
+from portico.engines import Hooks, serve
 
 LOOK_INTERVAL: Final = 0.05
 """Seconds between two looks for a child that ended, at the limit, on systems without pidfds."""
 
 
-class ForkingMixIn(_Base):
+class ForkingMixIn(Hooks):
     """Serve each request in a child process of its own.
 
     Owns `process_request` and `active_children`; extends `handle_timeout`, `service_actions` and

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final
 
 from portico.connection import ClientAddress, Request
-from portico.engines import serve
-
-if TYPE_CHECKING:
-    from portico.server import BaseServer
-
-    _Base: TypeAlias = BaseServer
-else:
-    _Base = object
+from portico.engines import Hooks, serve
 
 REAP_AT: Final = 8
 """Threads that may be remembered before the ones that ended are looked for.
@@ -40,6 +33,12 @@ class _Threads(list[threading.Thread]):
                 self._reap()
                 self._reap_at = max(REAP_AT, 2 * len(self))
             super().append(thread)
+
+    def remove(self, thread: threading.Thread) -> None:
+        """Forget `thread`, if it is remembered."""
+        with self._lock:
+            if thread in self:
+                super().remove(thread)
 
     def pop_all(self) -> list[threading.Thread]:
         """Forget all threads and return them."""
@@ -71,6 +70,9 @@ class _NoThreads:
     def append(self, thread: threading.Thread) -> None:
         """Do nothing."""
 
+    def remove(self, thread: threading.Thread) -> None:
+        """Do nothing."""
+
     def join(self) -> None:
         """Do nothing."""
 
@@ -82,7 +84,7 @@ class _NoThreads:
         """Do nothing."""
 
 
-class ThreadingMixIn(_Base):
+class ThreadingMixIn(Hooks):
     """Serve each request in a thread of its own.
 
     Owns `process_request`, `process_request_thread` and `_threads`; extends `server_close`.
@@ -111,11 +113,14 @@ class ThreadingMixIn(_Base):
             target=self.process_request_thread, args=(request, client_address)
         )
         thread.daemon = self.daemon_threads
-        # Started first: a thread that could not be started is none to wait for.
-        thread.start()
         if self.block_on_close and not thread.daemon and "_threads" not in vars(self):
             vars(self).setdefault("_threads", _Threads())  # two may come here at once
         self._threads.append(thread)
+        try:
+            thread.start()
+        except BaseException:
+            self._threads.remove(thread)  # nobody can wait for it
+            raise
 
     def server_close(self) -> None:
         """Close the listener, then wait for the threads as `block_on_close` says."""

@@ -40,7 +40,7 @@ def serve_all() -> None:
     for handler in HANDLERS:
         with socketserver.TCPServer(("", 0), handler) as server:
             server.handle_request()
-    with socketserver.TCPServer(("", 0), lambda *request: Greet(*request)) as server:
+    with socketserver.TCPServer(("", 0), Greet) as server:
         server.RequestHandlerClass = make
         server.handle_request()
 

@@ -28,10 +28,6 @@ class Large(socketserver.ThreadingUDPServer):
 
     max_packet_size = 65535
 
-    def get_request(self) -> tuple[tuple[bytes, socket.socket], tuple[str, int]]:
-        (packet, sock), client_address = super().get_request()
-        return (packet.rstrip(), sock), client_address
-
 
 def serve() -> None:
     with socketserver.UDPServer(("", 9999), Shout) as server:

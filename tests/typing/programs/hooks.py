@@ -44,7 +44,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().process_request_thread(request, client_address)
 
     def finish_request(self, request: Request, client_address: Any) -> None:
-        self.RequestHandlerClass(request, client_address, self)
+        super().finish_request(request, client_address)
 
     def shutdown_request(self, request: Request) -> None:
         super().shutdown_request(request)
@@ -75,16 +75,15 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 class Greet(socketserver.BaseRequestHandler):
     """Knows which server it serves."""
 
-    server: Server
-
     def setup(self) -> None:
         self.request.settimeout(1)
 
     def handle(self) -> None:
+        assert isinstance(self.server, Server)
         self.request.sendall(self.server.greeting)
 
     def finish(self) -> None:
-        self.server.say(f"served {self.client_address}")
+        print(f"served {self.client_address}")
 
 
 class Forking(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
