@@ -85,8 +85,8 @@ class StreamRequestHandler(BaseRequestHandler):
         if self.wbufsize == 0:
             # An engine's socket may know a better way to send small writes.  Asked of the type,
             # because a mock has an answer to everything.
-            kind: Any = type(self.connection)
-            self.wfile = getattr(kind, "make_writer", _SocketWriter)(self.connection)
+            connection: object = self.connection
+            self.wfile = getattr(type(connection), "make_writer", _SocketWriter)(connection)
         else:
             self.wfile = self.connection.makefile("wb", self.wbufsize)
 
