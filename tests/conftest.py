@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -30,15 +29,24 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 @pytest.fixture(autouse=True)
-def leaves_no_fork() -> Iterator[None]:
+def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """End what a test has forked, and fail the test that left it.
 
     A child that waits for a client of its own process waits for ever: it has inherited the
     client's end of the connection, too.  And it keeps the output of the whole run open.
     """
-    before = forks()
+    forked: list[int] = []
+    fork = os.fork
+
+    def recorded_fork() -> int:
+        child = fork()
+        if child:
+            forked.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", recorded_fork)
     yield
-    left = forks() - before
+    left = [child for child in forked if is_running(child)]
     for child in left:
         os.kill(child, signal.SIGKILL)
         with suppress(ChildProcessError):  # its server collects it in another thread
@@ -46,13 +54,9 @@ def leaves_no_fork() -> Iterator[None]:
     assert not left, "forked children outlive the test"
 
 
-def forks() -> set[int]:
-    """Return the children of this process that run its own program."""
-    own_command = Path("/proc/self/cmdline").read_bytes()
-    found: set[int] = set()
-    for task in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # a thread, or a child, that has just ended
-            for child in task.read_text().split():
-                if Path("/proc", child, "cmdline").read_bytes() == own_command:
-                    found.add(int(child))
-    return found
+def is_running(child: int) -> bool:
+    """Say whether a child has not ended yet; leaves it to its server to collect one that has."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:  # collected
+        return False

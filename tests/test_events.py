@@ -732,8 +732,9 @@ def test_nothing_is_built_when_nobody_subscribed(
     with connect(server) as client:
         reset(client)
     eventually(lambda: server.turn == 5, "all were accepted")
-    server.server_close()
+    server.shutdown()
     serving.result()
+    server.server_close()
     assert answers == [b"hello\n", b"", b"", b"hello\n"]
     assert "was built" not in capfd.readouterr().err
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import http.server
 import os
+import pkgutil
 import shutil
 import socket
 import socketserver
@@ -29,15 +30,13 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 import pytest
 
 import portico
+from portico import engines
 from tests.compat.peers import PATIENCE, ask, background, connect, read_all, serving, shout
 
 LOCALHOST = ("127.0.0.1", 0)
 
-ENGINES = {
-    "threads": portico.ThreadingMixIn,
-    "forks": portico.ForkingMixIn,
-}
-"""The mix-ins that can stand in front of a foreign server."""
+ENGINES = {name: pkgutil.resolve_name(path) for name, path in engines.ENGINES.items() if path}
+"""The mix-ins, which can stand in front of a foreign server, too."""
 
 
 @pytest.fixture(params=ENGINES)

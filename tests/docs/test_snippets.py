@@ -1,5 +1,6 @@
 """The programs that the documentation shows do what it says."""
 
+import http.server
 import io
 import logging
 import socket
@@ -123,6 +124,7 @@ def test_web(run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with run("web.py") as server:
         assert isinstance(server, portico.ThreadingMixIn)
-        host, port = server.server_address
-        with urllib.request.urlopen(f"http://{host}:{port}/page.txt", timeout=WAIT) as answer:
+        assert isinstance(server, http.server.HTTPServer)
+        url = f"http://127.0.0.1:{server.server_port}/page.txt"
+        with urllib.request.urlopen(url, timeout=WAIT) as answer:
             assert answer.read() == b"a page"

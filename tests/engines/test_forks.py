@@ -188,9 +188,10 @@ def test_a_process_that_cannot_be_forked_closes_the_request(
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     with nothing_left_behind(), RunningServer(with_settings()) as running:
-        with monkeypatch.context() as patches, running.connect() as client:
+        with monkeypatch.context() as patches:
             patches.setattr(os, "fork", refuse)
-            assert goodbye(client) == b""
+            with running.connect() as client:
+                assert goodbye(client) == b""
         assert running.ask(b"hello\n") == b"hello\n"
         assert "BlockingIOError" in capfd.readouterr().err
 
@@ -414,7 +415,8 @@ def test_a_server_that_cannot_rest_waits_at_its_limit(system: str) -> None:
         max_children = 1
 
     with nothing_left_behind():
-        server: Any = Foreign(LOOPBACK, Echo)
+        handler: Any = Echo
+        server: Any = Foreign(LOOPBACK, handler)
         serving = Call(server.serve_forever, 0.01)
         with connect(server) as first, connect(server) as second:
             eventually(lambda: server.active_children, "the first has a child")

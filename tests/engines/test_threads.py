@@ -106,6 +106,34 @@ def test_closing_waits_for_the_threads() -> None:
             assert not thread.is_alive()
 
 
+def test_closing_waits_for_a_thread_that_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The acceptor is in the middle of it when another thread closes the server."""
+    starting, go = threading.Event(), threading.Event()
+
+    class Slow(threading.Thread):
+        def start(self) -> None:
+            starting.set()
+            assert go.wait(PATIENCE)
+            super().start()
+
+    gate = Gate()
+    with nothing_left_behind(), ThreadingTCPServer(LOOPBACK, gate) as server:
+        handling = Call(server.handle_request)
+        with monkeypatch.context() as patches:
+            patches.setattr(threading, "Thread", Slow)
+            with connect(server):
+                assert starting.wait(PATIENCE)
+        closing = Call(server.server_close)
+        eventually(lambda: server.socket.fileno() == -1, "the listener is closed")
+        go.set()
+        thread = gate.wait_entered()
+        assert closing.is_running()
+        gate.open.set()
+        handling.result()
+        closing.result()
+        assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("setting", [{"daemon_threads": True}, {"block_on_close": False}])
 def test_closing_does_not_wait_when_asked_not_to(setting: dict[str, bool]) -> None:
     gate = Gate()

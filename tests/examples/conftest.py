@@ -15,7 +15,7 @@ from typing import IO
 
 import pytest
 
-from tests.support import PATIENCE, ROOT, client_socket
+from tests.support import PATIENCE, ROOT, Client
 
 LAST = b"*2\r\n$4\r\nECHO\r\n$13\r\nnothing more.\r\n"
 """A command that is sent after others, to see where their replies end."""
@@ -51,7 +51,7 @@ class Speaker:
         return self.address[1]
 
     def connect(self) -> socket.socket:
-        client = client_socket(self.family, socket.SOCK_STREAM)
+        client = Client(self.family, socket.SOCK_STREAM)
         client.connect(self.address)
         return client
 

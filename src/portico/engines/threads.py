@@ -26,19 +26,23 @@ class _Threads(list[threading.Thread]):
 
     def append(self, thread: threading.Thread) -> None:
         """Remember `thread`, unless it is a daemon."""
-        if thread.daemon:
-            return
         with self._lock:
-            if len(self) >= self._reap_at:
-                self._reap()
-                self._reap_at = max(REAP_AT, 2 * len(self))
-            super().append(thread)
+            self._append(thread)
 
-    def remove(self, thread: threading.Thread) -> None:
-        """Forget `thread`, if it is remembered."""
+    def start(self, thread: threading.Thread) -> None:
+        """Remember `thread` and start it, before anyone can take it out to wait for it.
+
+        Raises:
+            RuntimeError: The system has no thread left; it is not remembered then.
+        """
         with self._lock:
-            if thread in self:
-                super().remove(thread)
+            self._append(thread)
+            try:
+                thread.start()
+            except BaseException:
+                if not thread.daemon:
+                    self.remove(thread)  # nobody can wait for it
+                raise
 
     def pop_all(self) -> list[threading.Thread]:
         """Forget all threads and return them."""
@@ -59,6 +63,14 @@ class _Threads(list[threading.Thread]):
         with self._lock:
             self._reap()
 
+    def _append(self, thread: threading.Thread) -> None:
+        if thread.daemon:
+            return
+        if len(self) >= self._reap_at:
+            self._reap()
+            self._reap_at = max(REAP_AT, 2 * len(self))
+        super().append(thread)
+
     def _reap(self) -> None:
         # One that has not been started yet counts: somebody is about to.
         self[:] = [thread for thread in self if thread.is_alive() or thread.ident is None]
@@ -68,9 +80,6 @@ class _NoThreads:
     """Stands for `_Threads` on a server that waits for none."""
 
     def append(self, thread: threading.Thread) -> None:
-        """Do nothing."""
-
-    def remove(self, thread: threading.Thread) -> None:
         """Do nothing."""
 
     def join(self) -> None:
@@ -115,12 +124,12 @@ class ThreadingMixIn(Hooks):
         thread.daemon = self.daemon_threads
         if self.block_on_close and not thread.daemon and "_threads" not in vars(self):
             vars(self).setdefault("_threads", _Threads())  # two may come here at once
-        self._threads.append(thread)
-        try:
+        threads = self._threads
+        if isinstance(threads, _Threads):
+            threads.start(thread)
+        else:
+            threads.append(thread)
             thread.start()
-        except BaseException:
-            self._threads.remove(thread)  # nobody can wait for it
-            raise
 
     def server_close(self) -> None:
         """Close the listener, then wait for the threads as `block_on_close` says."""

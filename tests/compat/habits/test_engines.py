@@ -122,14 +122,14 @@ def test_a_server_lists_the_threads_that_live() -> None:
         serving(server),
         connect(server) as client,
     ):
-        assert client.recv(5, socket.MSG_WAITALL) == b"hello"
-        # The handler may be faster than the loop, which remembers its thread.
-        server.shutdown()
-        assert isinstance(vars(server)["_threads"], module()._Threads)
-        (thread,) = server._threads
-        assert isinstance(thread, threading.Thread)
-        assert thread.is_alive()
-        hold.released.set()
+        try:
+            assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+            assert isinstance(vars(server)["_threads"], module()._Threads)
+            (thread,) = server._threads
+            assert isinstance(thread, threading.Thread)
+            assert thread.is_alive()
+        finally:
+            hold.released.set()
         thread.join(PATIENCE)
         server._threads.reap()
         assert len(server._threads) == 0

@@ -474,7 +474,7 @@ def test_a_step_patched_on_a_class_is_what_the_loop_calls(owner: str) -> None:
         serving(server),
     ):
         assert ask(server, b"hello") == b"HELLO"
-        assert stepped == [server]
+        assert set(stepped) == {server}
 
 
 def test_a_step_patched_while_the_loop_runs_is_called_from_then_on() -> None:
@@ -489,9 +489,10 @@ def test_a_step_patched_while_the_loop_runs_is_called_from_then_on() -> None:
         assert ask(server, b"hello") == b"HELLO"
         with mock.patch.object(socketserver.BaseServer, "_handle_request_noblock", patched):
             assert ask(server, b"again") == b"AGAIN"
-        assert stepped == [server]
+        seen = len(stepped)
+        assert set(stepped) == {server}
         assert ask(server, b"last") == b"LAST"
-        assert stepped == [server]
+        assert len(stepped) == seen
 
 
 def test_a_step_set_on_the_instance_is_what_the_loop_calls() -> None:

@@ -75,9 +75,11 @@ def test_a_patched_threading_module_starts_the_threads() -> None:
         socketserver.ThreadingTCPServer(LOCALHOST, shout) as server,
         mock.patch.object(socketserver, "threading") as patched,
     ):
-        server.process_request("request", PEER)  # type: ignore[arg-type]
+        request = mock.Mock()
+        request.recv.return_value = b""
+        server.process_request(request, PEER)
         patched.Thread.assert_called_once_with(
-            target=server.process_request_thread, args=("request", PEER)
+            target=server.process_request_thread, args=(request, PEER)
         )
         patched.Thread.return_value.start.assert_called_once_with()
         assert patched.Thread.return_value.daemon is False
@@ -835,13 +837,24 @@ def test_a_datagram_request_is_bytes_and_the_listener(kind: str) -> None:
     def handle(request: Any, client_address: Any, server: Any) -> Any:
         packet, sock = request
         assert type(packet) is bytes
-        assert sock is server.socket
+        assert sock.fileno() == server.fileno()
         sock.sendto(packet.upper(), client_address)
 
     server = getattr(socketserver, kind)(LOCALHOST, handle)
     with serving(server):
         assert ask_datagram(server, b"hello") == b"HELLO"
         assert ask_datagram(server, b"x" * 8192) == b"X" * 8192
+
+
+def test_the_socket_of_a_datagram_request_is_the_listener_itself() -> None:
+    """Programs keep things in a dictionary by it."""
+
+    def handle(request: Any, client_address: Any, server: Any) -> Any:
+        _, sock = request
+        sock.sendto(str(sock is server.socket).encode(), client_address)
+
+    with socketserver.ThreadingUDPServer(LOCALHOST, handle) as server, serving(server):
+        assert ask_datagram(server, b"is it?") == b"True"
 
 
 def test_the_packet_size_set_on_the_instance() -> None:
