@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -46,6 +47,7 @@ print(json.dumps({
     "builtins": type(__builtins__).__name__,
     "main": sys.modules["__main__"].__dict__ is globals(),
     "code": sys._getframe().f_code.co_filename,
+    "names": sorted({*globals()} - {"__annotations__"}),  # made when it is asked for
 }, indent=1))
 """
 """Prints all that python tells a program about itself."""
@@ -304,6 +306,23 @@ def test_a_program_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert raised.value.program == str(tmp_path / "folder.py")
 
 
+def test_a_module_that_nobody_can_find_again_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there, but without a way to its code."""
+    monkeypatch.setitem(sys.modules, "made_by_hand", ModuleType("made_by_hand"))
+    with pytest.raises(ProgramError) as raised, kept_process():
+        run_module("made_by_hand")
+    assert str(raised.value) == "cannot run 'made_by_hand': made_by_hand.__spec__ is None"
+
+
+def test_a_main_module_that_is_a_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "package" / "__main__").mkdir(parents=True)
+    for name in ("__init__.py", "__main__/__init__.py"):
+        (tmp_path / "package" / name).touch()
+    done = python(*SWAP, "-m", "package.__main__", folder=tmp_path)
+    assert done.returncode == 2
+    assert "a package cannot be a program's __main__ module" in done.stderr
+
+
 def test_a_package_that_fails_to_import_shows_why(tmp_path: Path) -> None:
     """The program is there; that something is not that it imports is an error of its own."""
     (tmp_path / "broken").mkdir()
@@ -542,11 +561,12 @@ def test_the_face_is_no_package() -> None:
 
 
 def test_the_face_has_the_version_of_socketserver() -> None:
+    face = Face("threads")
     if sys.version_info < (3, 15):
-        assert Face("threads").__version__ == "0.4"
-    else:
-        with pytest.warns(DeprecationWarning, match="'__version__' is deprecated"):
-            assert Face("threads").__version__ == "0.4"
+        assert face.__version__ == "0.4"
+        del face.__version__  # as it is from then on
+    with pytest.warns(DeprecationWarning, match="'__version__' is deprecated"):
+        assert face.__version__ == "0.4"
 
 
 @pytest.mark.parametrize("name", REPLACEABLE)

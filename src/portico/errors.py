@@ -20,6 +20,10 @@ class SettingError(PorticoError, ValueError):
         expected: What would be right.
     """
 
+    name: str
+    value: object
+    expected: str
+
     def __init__(self, name: str, value: object, expected: str) -> None:
         super().__init__(name, value, expected)
         self.name, self.value, self.expected = name, value, expected
@@ -35,6 +39,9 @@ class AddressError(PorticoError, ValueError):
         address: The text that was given.
         expected: What would be right.
     """
+
+    address: str
+    expected: str
 
     def __init__(self, address: str, expected: str) -> None:
         super().__init__(address, expected)

@@ -29,6 +29,8 @@ class TCPServer(BaseServer):
         server_address: After `server_bind`, what ``getsockname()`` returns.
     """
 
+    server_address: Any
+
     address_family: int = socket.AF_INET
     """The address family of the listener; ``socket.AF_INET6`` for IPv6."""
 
@@ -65,7 +67,7 @@ class TCPServer(BaseServer):
             OSError: The address is in use, or not to be had.
         """
         super().__init__(server_address, RequestHandlerClass)
-        self.socket = socket.socket(self.address_family, self.socket_type)
+        self.socket: socket.socket = socket.socket(self.address_family, self.socket_type)
         if bind_and_activate:
             try:
                 self.server_bind()

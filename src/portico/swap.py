@@ -370,6 +370,8 @@ def run_path(path: str | os.PathLike[str], args: Sequence[str] = ()) -> None:
     _set_first_path(str(Path(program).resolve().parent))
     main = types.ModuleType("__main__")
     main.__file__ = str(Path(program).absolute())
+    if sys.version_info < (3, 15):
+        vars(main)["__cached__"] = None
     try:
         main.__loader__, code = _load_file(main.__file__)
     except OSError as error:

@@ -35,15 +35,10 @@ class Refused(Exception):
     """What the programs of this module raise on purpose."""
 
 
-class Hold:
-    """A handler that says hello, and then holds on until it is released."""
-
-    def __init__(self) -> None:
-        self.released = threading.Event()
-
-    def __call__(self, request: Any, client_address: Any, server: Any) -> Any:
-        request.sendall(b"hello")
-        assert self.released.wait(PATIENCE)
+def hold(request: Any, client_address: Any, server: Any) -> Any:
+    """A handler that says hello, and then holds on until the client says something."""
+    request.sendall(b"hello")
+    request.recv(1)
 
 
 def module() -> Any:
@@ -115,7 +110,6 @@ def test_a_server_that_has_no_threads_yet() -> None:
 
 
 def test_a_server_lists_the_threads_that_live() -> None:
-    hold = Hold()
     server: Any
     with (
         socketserver.ThreadingTCPServer(LOCALHOST, hold) as server,
@@ -129,7 +123,7 @@ def test_a_server_lists_the_threads_that_live() -> None:
             assert isinstance(thread, threading.Thread)
             assert thread.is_alive()
         finally:
-            hold.released.set()
+            client.sendall(b".")
         thread.join(PATIENCE)
         server._threads.reap()
         assert len(server._threads) == 0
@@ -145,7 +139,6 @@ def test_the_list_does_not_grow_with_the_requests() -> None:
 
 @pytest.mark.parametrize("setting", [{"daemon_threads": True}, {"block_on_close": False}])
 def test_a_server_that_waits_for_no_thread(setting: dict[str, bool]) -> None:
-    hold = Hold()
     kind = type("Server", (socketserver.ThreadingTCPServer,), setting)
     server: Any = kind(LOCALHOST, hold)
     with looping(server), connect(server) as client:
@@ -153,19 +146,18 @@ def test_a_server_that_waits_for_no_thread(setting: dict[str, bool]) -> None:
         server.shutdown()
         server.server_close()  # returns though the handler has not
         assert list(vars(server).get("_threads", [])) == []
-        hold.released.set()
+        client.sendall(b".")
         assert read_all(client) == b""
 
 
 def test_a_server_that_waits_for_its_threads() -> None:
-    hold = Hold()
     server = socketserver.ThreadingTCPServer(LOCALHOST, hold)
     with looping(server), connect(server) as client:
         assert client.recv(5, socket.MSG_WAITALL) == b"hello"
         server.shutdown()
         closing = background(server.server_close)
         assert not closing.done()
-        hold.released.set()
+        client.sendall(b".")
         assert read_all(client) == b""
         closing.result(PATIENCE)
 
