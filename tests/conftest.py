@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -37,6 +38,7 @@ def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     forked: list[int] = []
     fork = os.fork
+    pause = threading.Event()
 
     def recorded_fork() -> int:
         child = fork()
@@ -47,6 +49,11 @@ def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(os, "fork", recorded_fork)
     yield
     left = [child for child in forked if is_running(child)]
+    for _ in range(500):  # one that was told to end needs a moment
+        if not left:
+            break
+        pause.wait(0.01)
+        left = [child for child in left if is_running(child)]
     for child in left:
         os.kill(child, signal.SIGKILL)
         with suppress(ChildProcessError):  # its server collects it in another thread

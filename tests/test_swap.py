@@ -9,7 +9,6 @@ import pickle
 import py_compile
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -29,7 +28,7 @@ import portico
 from portico import acceptor, families, handlers, server
 from portico.engines import ENGINES, forks, threads
 from portico.swap import PUBLIC, REPLACEABLE, Face, ProgramError, run_module, run_path
-from tests.compat.peers import PATIENCE, ask, connect, serving, shout
+from tests.compat.peers import PATIENCE, ask, connect, receive, serving, shout
 
 LOCALHOST = ("127.0.0.1", 0)
 SWAP = ("-m", "portico.swap")
@@ -445,7 +444,7 @@ def test_a_main_module_that_keeps_the_standard_servers_is_named() -> None:
     done = python("-c", "import socketserver, portico.swap; portico.swap.install()")
     said = done.stderr.splitlines()[0]  # some versions show the line below it
     assert "RuntimeWarning: still on the standard library's socketserver" in said
-    assert said.endswith(": __main__")
+    assert ": __main__" in said
 
 
 def test_modules_that_are_put_off_are_not_loaded_by_the_search() -> None:
@@ -800,7 +799,7 @@ def test_an_idle_connection_does_not_hold_up_the_end_of_daemons(engine: str) -> 
     instance = Server(LOCALHOST, hello)
     with connect(instance) as client:
         with serving(instance):
-            assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+            assert receive(client, 5) == b"hello"
         assert instance.fileno() == -1
     for child in getattr(instance, "active_children", None) or ():
         os.kill(child, signal.SIGKILL)  # it has a copy of the client, too

@@ -79,6 +79,17 @@ def read_all(sock: socket.socket) -> bytes:
     return b"".join(chunks)
 
 
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Read as many bytes, or those that are there before the end.
+
+    Not with MSG_WAITALL, which a socket with a timeout does not keep.
+    """
+    data = b""
+    while len(data) < size and (chunk := sock.recv(size - len(data))):
+        data += chunk
+    return data
+
+
 def ask(server: Any, question: bytes = b"") -> bytes:
     """Connect, say something and no more, and return the whole answer."""
     with connect(server) as sock:

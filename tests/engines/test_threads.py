@@ -108,7 +108,7 @@ def test_closing_waits_for_the_threads() -> None:
 
 def test_closing_waits_for_a_thread_that_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The acceptor is in the middle of it when another thread closes the server."""
-    starting, go = threading.Event(), threading.Event()
+    starting, joining, go = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(threading.Thread):
         def start(self) -> None:
@@ -116,15 +116,21 @@ def test_closing_waits_for_a_thread_that_is_starting(monkeypatch: pytest.MonkeyP
             assert go.wait(PATIENCE)
             super().start()
 
+    class Noting(_Threads):
+        def join(self) -> None:
+            joining.set()
+            super().join()
+
     gate = Gate()
     with nothing_left_behind(), ThreadingTCPServer(LOOPBACK, gate) as server:
+        server._threads = Noting()
         handling = Call(server.handle_request)
         with monkeypatch.context() as patches:
             patches.setattr(threading, "Thread", Slow)
             with connect(server):
                 assert starting.wait(PATIENCE)
         closing = Call(server.server_close)
-        eventually(lambda: server.socket.fileno() == -1, "the listener is closed")
+        assert joining.wait(PATIENCE)
         go.set()
         thread = gate.wait_entered()
         assert closing.is_running()

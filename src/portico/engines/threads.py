@@ -76,6 +76,10 @@ class _Threads(list[threading.Thread]):
         self[:] = [thread for thread in self if thread.is_alive() or thread.ident is None]
 
 
+_OURS: Final = _Threads
+"""Stays what it is when a program puts something else in the place of `_Threads`."""
+
+
 class _NoThreads:
     """Stands for `_Threads` on a server that waits for none."""
 
@@ -125,7 +129,7 @@ class ThreadingMixIn(Hooks):
         if self.block_on_close and not thread.daemon and "_threads" not in vars(self):
             vars(self).setdefault("_threads", _Threads())  # two may come here at once
         threads = self._threads
-        if isinstance(threads, _Threads):
+        if isinstance(threads, _OURS):
             threads.start(thread)
         else:
             threads.append(thread)

@@ -24,6 +24,7 @@ from tests.compat.peers import (
     connect,
     looping,
     read_all,
+    receive,
     serving,
     shout,
 )
@@ -117,7 +118,7 @@ def test_a_server_lists_the_threads_that_live() -> None:
         connect(server) as client,
     ):
         try:
-            assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+            assert receive(client, 5) == b"hello"
             assert isinstance(vars(server)["_threads"], module()._Threads)
             (thread,) = server._threads
             assert isinstance(thread, threading.Thread)
@@ -142,7 +143,7 @@ def test_a_server_that_waits_for_no_thread(setting: dict[str, bool]) -> None:
     kind = type("Server", (socketserver.ThreadingTCPServer,), setting)
     server: Any = kind(LOCALHOST, hold)
     with looping(server), connect(server) as client:
-        assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+        assert receive(client, 5) == b"hello"
         server.shutdown()
         server.server_close()  # returns though the handler has not
         assert list(vars(server).get("_threads", [])) == []
@@ -153,7 +154,7 @@ def test_a_server_that_waits_for_no_thread(setting: dict[str, bool]) -> None:
 def test_a_server_that_waits_for_its_threads() -> None:
     server = socketserver.ThreadingTCPServer(LOCALHOST, hold)
     with looping(server), connect(server) as client:
-        assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+        assert receive(client, 5) == b"hello"
         server.shutdown()
         closing = background(server.server_close)
         assert not closing.done()
@@ -432,9 +433,9 @@ def test_a_request_kept_open_after_its_handler(kind: str) -> None:
         kept.get(timeout=PATIENCE) as request,
     ):
         request.sendall(b"still here")
-        assert client.recv(10, socket.MSG_WAITALL) == b"still here"
+        assert receive(client, 10) == b"still here"
         client.sendall(b"so am I")
-        assert request.recv(7, socket.MSG_WAITALL) == b"so am I"
+        assert receive(request, 7) == b"so am I"
 
 
 @pytest.mark.parametrize("kind", ["TCPServer", "ThreadingTCPServer"])
@@ -451,7 +452,7 @@ def test_a_request_detached_by_its_handler(kind: str, capsys: pytest.CaptureFixt
         socket.socket(fileno=detached.get(timeout=PATIENCE)) as request,
     ):
         request.sendall(b"still here")
-        assert client.recv(10, socket.MSG_WAITALL) == b"still here"
+        assert receive(client, 10) == b"still here"
     assert capsys.readouterr().err == ""
 
 

@@ -21,7 +21,7 @@ from unittest import mock
 
 import pytest
 
-from tests.compat.peers import PATIENCE, ask, background, connect, read_all, serving, shout
+from tests.compat.peers import PATIENCE, ask, background, connect, read_all, receive, serving, shout
 
 LOCALHOST = ("127.0.0.1", 0)
 PEER = ("192.0.2.1", 4711)
@@ -596,7 +596,7 @@ def test_a_buffered_wfile_is_sent_by_flush() -> None:
         serving(server),
         connect(server) as client,
     ):
-        assert client.recv(3, socket.MSG_WAITALL) == b"now"
+        assert receive(client, 3) == b"now"
         assert flushed.wait(PATIENCE)
         seen.set()
 
@@ -615,7 +615,7 @@ def test_what_was_written_arrives_though_the_handler_waits_for_something_else() 
         serving(server),
         connect(server) as client,
     ):
-        assert client.recv(14, socket.MSG_WAITALL) == b"are you there?"
+        assert receive(client, 14) == b"are you there?"
         seen.set()
         assert read_all(client) == b" yes"
 
@@ -647,7 +647,7 @@ def test_o_nonblock_set_behind_the_files_back() -> None:
 
     with Server(LOCALHOST, Handler) as server, serving(server), connect(server) as client:
         client.settimeout(PATIENCE / 4)
-        assert client.recv(11, socket.MSG_WAITALL) == b"nothing yet"
+        assert receive(client, 11) == b"nothing yet"
         client.sendall(b"hello")
         client.settimeout(PATIENCE)
         assert read_all(client) == b"HELLO"
@@ -692,7 +692,7 @@ def test_a_handler_that_sets_its_socket_non_blocking() -> None:
         serving(server),
         connect(server) as client,
     ):
-        assert client.recv(5, socket.MSG_WAITALL) == b"ready"
+        assert receive(client, 5) == b"ready"
         client.sendall(b"hello")
         assert read_all(client) == b"HELLO"
 
