@@ -1,8 +1,8 @@
 """What holds for the whole suite."""
 
 import os
+import select
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -29,6 +29,10 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"portico: {portico.__path__[0]}"
 
 
+GRACE = 5.0
+"""Seconds for a child to end that has just been told to."""
+
+
 @pytest.fixture(autouse=True)
 def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """End what a test has forked, and fail the test that left it.
@@ -38,7 +42,6 @@ def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     forked: list[int] = []
     fork = os.fork
-    pause = threading.Event()
 
     def recorded_fork() -> int:
         child = fork()
@@ -49,11 +52,6 @@ def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(os, "fork", recorded_fork)
     yield
     left = [child for child in forked if is_running(child)]
-    for _ in range(500):  # one that was told to end needs a moment
-        if not left:
-            break
-        pause.wait(0.01)
-        left = [child for child in left if is_running(child)]
     for child in left:
         os.kill(child, signal.SIGKILL)
         with suppress(ChildProcessError):  # its server collects it in another thread
@@ -62,8 +60,14 @@ def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def is_running(child: int) -> bool:
-    """Say whether a child has not ended yet; leaves it to its server to collect one that has."""
+    """Say whether a child goes on; leaves it to its server to collect one that has ended."""
     try:
-        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:  # collected
+        end = os.pidfd_open(child)
+    except ProcessLookupError:  # collected
         return False
+    try:
+        ready = select.poll()
+        ready.register(end, select.POLLIN)
+        return not ready.poll(GRACE * 1000)
+    finally:
+        os.close(end)

@@ -86,11 +86,23 @@ def test_the_public_names_of_portico_are_these() -> None:
             "UnixStreamServer",
             # our own
             "AddressError",
+            "AsyncDatagramRequestHandler",
+            "AsyncStreamRequestHandler",
+            "GreenMixIn",
+            "GreenTCPServer",
+            "GreenUDPServer",
+            "GreenUnixDatagramServer",
+            "GreenUnixStreamServer",
             "ListenerError",
             "PorticoError",
             "SettingError",
+            "await_",
             "events",
             "logs",
+            "sleep",
+            "spawn",
+            "timeout",
+            "to_thread",
         ]
     )
 

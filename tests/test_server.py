@@ -993,13 +993,13 @@ def test_a_signal_ends_an_idle_loop_in_the_main_thread(number: int, outcome: str
 
 
 AT_ANY_MOMENT = """
-import itertools, signal
+import signal
 from portico import TCPServer
 
 signal.signal(signal.SIGALRM, lambda *_: server.shutdown())
-for turn in range(400):
+for turn in range(2000):
     with TCPServer(("127.0.0.1", 0), None) as server:
-        signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + turn))
+        signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + turn % 250))
         server.serve_forever()
 print("done")
 """

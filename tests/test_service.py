@@ -93,7 +93,7 @@ def test_a_server_is_an_engine_before_a_family(
     text = f"{scheme}:{tmp_path}/a" if scheme.is_unix else f"{scheme}://127.0.0.1:0"
     made = server_class(engine, resolve(address.parse(text)))
     assert issubclass(made, family)
-    prefix = {"threads": "Threading", "forks": "Forking", "serial": ""}[engine]
+    prefix = {"threads": "Threading", "forks": "Forking", "green": "Green", "serial": ""}[engine]
     assert made.__name__ == f"{prefix}{family.__name__}"
     assert issubclass(made, getattr(portico, f"{prefix}MixIn", portico.BaseServer))
     assert made.allow_reuse_address is (scheme == Scheme.TCP)

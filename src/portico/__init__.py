@@ -10,10 +10,13 @@ A server is an engine in front of a family::
 - families (the kind of socket): `TCPServer`, `UDPServer`, `UnixStreamServer`,
   `UnixDatagramServer`; what they share is `BaseServer`;
 - engines (where a request runs): none, in the serving thread; `ThreadingMixIn`;
-  `ForkingMixIn`; and the combinations, from `ThreadingTCPServer` to
-  `ForkingUnixDatagramServer`;
+  `ForkingMixIn`; `GreenMixIn`, many on one thread; and the combinations, from
+  `ThreadingTCPServer` to `GreenUnixDatagramServer`;
 - handlers (what a program writes): `BaseRequestHandler`, `StreamRequestHandler`,
-  `DatagramRequestHandler`.
+  `DatagramRequestHandler`; `AsyncStreamRequestHandler` and `AsyncDatagramRequestHandler` for
+  ``async def handle``;
+- helpers that mean the same in every engine: `to_thread`, `await_`, `sleep`, `spawn`,
+  `timeout`.
 
 What happens in a server can be watched: `portico.events`, `portico.logs`.
 """
@@ -25,10 +28,11 @@ import selectors
 import socket
 import sys
 import threading
+from importlib import import_module
 from io import BufferedIOBase
 from time import monotonic as time
 from types import ModuleType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from portico import acceptor, events, families, handlers, logs, server
 from portico.acceptor import _ServerSelector
@@ -55,10 +59,26 @@ from portico.handlers import (
 )
 from portico.server import BaseServer
 
+if TYPE_CHECKING:
+    from portico.engines.green import GreenMixIn
+    from portico.engines.green.bridge import await_, sleep, spawn, timeout, to_thread
+    from portico.engines.green.combinations import (
+        GreenTCPServer,
+        GreenUDPServer,
+        GreenUnixDatagramServer,
+        GreenUnixStreamServer,
+    )
+    from portico.engines.green.coroutines import (
+        AsyncDatagramRequestHandler,
+        AsyncStreamRequestHandler,
+    )
+
 __version__ = "0.1.0"
 
 __all__ = [
     "AddressError",
+    "AsyncDatagramRequestHandler",
+    "AsyncStreamRequestHandler",
     "BaseRequestHandler",
     "BaseServer",
     "DatagramRequestHandler",
@@ -67,6 +87,11 @@ __all__ = [
     "ForkingUDPServer",
     "ForkingUnixDatagramServer",
     "ForkingUnixStreamServer",
+    "GreenMixIn",
+    "GreenTCPServer",
+    "GreenUDPServer",
+    "GreenUnixDatagramServer",
+    "GreenUnixStreamServer",
     "ListenerError",
     "PorticoError",
     "SettingError",
@@ -80,9 +105,31 @@ __all__ = [
     "UDPServer",
     "UnixDatagramServer",
     "UnixStreamServer",
+    "await_",
     "events",
     "logs",
+    "sleep",
+    "spawn",
+    "timeout",
+    "to_thread",
 ]
+
+_ON_DEMAND: Final = {
+    "AsyncDatagramRequestHandler": "coroutines",
+    "AsyncStreamRequestHandler": "coroutines",
+    "GreenMixIn": "",
+    "GreenTCPServer": "combinations",
+    "GreenUDPServer": "combinations",
+    "GreenUnixDatagramServer": "combinations",
+    "GreenUnixStreamServer": "combinations",
+    "await_": "bridge",
+    "sleep": "bridge",
+    "spawn": "bridge",
+    "timeout": "bridge",
+    "to_thread": "bridge",
+}
+"""Names that stand on greenlet and asyncio, and their modules in `portico.engines.green`: imported
+when they are asked for, so that whoever needs threads alone pays for neither."""
 
 _REPLACEABLE: Final = {
     "BufferedIOBase": BufferedIOBase,
@@ -99,6 +146,14 @@ _REPLACEABLE: Final = {
 }
 """The names of `socketserver` beyond its interface that programs, and above all their tests,
 reach and replace through the module: ``mock.patch("socketserver.threading")``."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"portico.engines.green.{_ON_DEMAND[name]}".rstrip("."))
+    value = globals()[name] = getattr(module, name)
+    return value
 
 
 class _Face(ModuleType):

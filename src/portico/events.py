@@ -155,6 +155,25 @@ class HandlerFailed(Event):
 
 
 @dataclass(frozen=True)
+class HandlerStalled(Event):
+    """A handler held its hub for longer than `GreenMixIn.stall_threshold`: nobody else was served.
+
+    Told while it goes on, once a minute for each place.
+
+    Attributes:
+        peer: The client address of the request; ``None`` if it was no request's greenlet.
+        handler: The name of the handler's class or function.
+        place: Where it was: the file and line of the innermost frame of the program's own.
+        duration: Seconds so far.
+    """
+
+    peer: Any
+    handler: str
+    place: str
+    duration: float
+
+
+@dataclass(frozen=True)
 class PeerGone(Event):
     """A handler failed only because its peer vanished.  Told before `handle_error` is called.
 

@@ -22,6 +22,10 @@ LINES: Final[dict[type[Event], tuple[int, str]]] = {
     events.ConnectionRefused: (logging.INFO, "refused {peer!r}: {reason}"),
     events.ConnectionClosed: (logging.DEBUG, "closed {peer!r} after {duration:.3f} s: {reason}"),
     events.HandlerFailed: (logging.ERROR, "handler of {peer!r} failed: {error!r}"),
+    events.HandlerStalled: (
+        logging.WARNING,
+        "{handler} of {peer!r} has held its hub for {duration:.1f} s at {place}",
+    ),
     events.PeerGone: (logging.DEBUG, "{peer!r} went away: {error!r}"),
     events.AcceptPaused: (logging.WARNING, "{server} pauses accepting: {error}"),
     events.AcceptResumed: (logging.INFO, "{server} accepts again after {duration:.1f} s"),

@@ -20,6 +20,7 @@ from portico import (
     BaseRequestHandler,
     DatagramRequestHandler,
     ForkingMixIn,
+    GreenMixIn,
     StreamRequestHandler,
     TCPServer,
     ThreadingMixIn,
@@ -81,6 +82,7 @@ ENGINES = {
     "serial": Engine((), frozenset()),
     "threads": Engine((ThreadingMixIn,), frozenset({"neighbours"})),
     "forks": Engine((ForkingMixIn,), frozenset({"neighbours"})),
+    "green": Engine((GreenMixIn,), frozenset({"neighbours"})),
 }
 
 FAMILIES = {

@@ -24,6 +24,7 @@ from portico.connection import ClientAddress, Request
 ENGINES: Final[Mapping[str, str | None]] = {
     "threads": "portico.engines.threads:ThreadingMixIn",
     "forks": "portico.engines.forks:ForkingMixIn",
+    "green": "portico.engines.green:GreenMixIn",
     "serial": None,
 }
 """The engines by name, and where the mix-in of each is (`pkgutil.resolve_name`), so that it is

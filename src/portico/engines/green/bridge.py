@@ -1,0 +1,343 @@
+"""Wait for other things than the connection: the same words in every engine.
+
+In a greenlet of the green engine they let the others run meanwhile.  In a thread, or in the
+serial engine, they do what their names say with the thread itself.  So a handler does not know
+its engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import ctypes
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from math import inf
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar
+
+from greenlet import getcurrent, greenlet
+
+from portico.engines.green.hub import Alarm, Hub, running
+
+if TYPE_CHECKING:
+    from asyncio import TimerHandle
+
+P = ParamSpec("P")
+_T = TypeVar("_T")
+
+
+def to_thread(function: Callable[P, _T], /, *args: P.args, **kwargs: P.kwargs) -> _T:
+    """Call a function that blocks; in the green engine, in a thread.
+
+    The function sees the context variables of the caller.  Changes it makes to them in another
+    thread are not seen here.
+
+    Returns:
+        What the function returned.
+
+    Raises:
+        BaseException: What the function raised.
+    """
+    hub = hub_of_greenlet()
+    if hub is None:
+        return function(*args, **kwargs)
+    context = contextvars.copy_context()
+    return hub.run_in_thread(lambda: context.run(function, *args, **kwargs))
+
+
+def await_(awaitable: Awaitable[_T]) -> _T:
+    """Wait for a coroutine, task or future of asyncio.
+
+    In the green engine it runs on the handler's hub, beside everything else; elsewhere, in an
+    event loop of its own.
+
+    Returns:
+        Its result.
+
+    Raises:
+        BaseException: What it raised.
+        RuntimeError: It was called by a task or a callback of asyncio, where ``await`` belongs.
+    """
+    hub = hub_of_greenlet()
+    if hub is None:
+        return asyncio.run(_wait_for(awaitable))
+    return hub.wait_for(asyncio.ensure_future(awaitable, loop=hub))
+
+
+def sleep(seconds: float) -> None:
+    """Do nothing for some seconds; in the green engine, the others go on."""
+    hub = hub_of_greenlet()
+    if hub is None:
+        _sleep_here(seconds)
+    else:
+        hub.sleep(seconds)
+
+
+def spawn(function: Callable[P, _T], /, *args: P.args, **kwargs: P.kwargs) -> Spawned[_T]:
+    """Run a function beside the handler: in a greenlet of its hub, or in a thread.
+
+    It sees the context variables of the caller.
+    """
+    hub = hub_of_greenlet()
+    context = contextvars.copy_context()
+    if hub is None:
+        return _Thread(lambda: context.run(function, *args, **kwargs))
+    return _Greenlet(hub, lambda: function(*args, **kwargs), context)
+
+
+def timeout(seconds: float | None) -> Timeout:
+    """Limit how long a block may take.
+
+    For example::
+
+        with portico.timeout(5):
+            line = self.rfile.readline()
+
+    When the time is over, the block ends with `TimeoutError`.  In the green engine, at once,
+    whatever it waits for.  In a thread, at once if it waits in one of the functions of this
+    module or computes; a system call under way, a read from a socket for example, is
+    noticed when it returns (a socket has `settimeout` for that).
+
+    Args:
+        seconds: How long; ``None`` for no limit.
+    """
+    return Timeout(seconds)
+
+
+class Spawned(Generic[_T]):
+    """A function that runs beside its caller."""
+
+    def __init__(self) -> None:
+        self._results: list[_T] = []
+        self._error: BaseException | None = None
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended.
+
+        Args:
+            timeout: Seconds to wait at most; ``None`` for no limit.
+
+        Returns:
+            Whether it has.
+        """
+        raise NotImplementedError
+
+    def result(self, timeout: float | None = None) -> _T:
+        """Wait for what the function returned.
+
+        Args:
+            timeout: Seconds to wait at most; ``None`` for no limit.
+
+        Raises:
+            BaseException: What the function raised.
+            TimeoutError: It has not ended in time.
+        """
+        if not self.join(timeout):
+            raise TimeoutError("timed out")
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
+
+    def _call(self, function: Callable[[], _T]) -> None:
+        """Call the function and keep how it ended for `result`."""
+        try:
+            self._results.append(function())
+        except BaseException as error:  # it belongs to whoever asks for the result
+            self._error = error
+
+
+class _Thread(Spawned[_T]):
+    """A function in a thread of its own."""
+
+    def __init__(self, function: Callable[[], _T]) -> None:
+        super().__init__()
+        self._thread = threading.Thread(target=self._call, args=(function,))
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> bool:
+        deadline = inf if timeout is None else time.monotonic() + timeout
+        self._thread.join(min(max(0.0, deadline - time.monotonic()), _remaining_here()))
+        if self._thread.is_alive() and not _remaining_here():
+            raise Interruption
+        return not self._thread.is_alive()
+
+
+class _Greenlet(Spawned[_T]):
+    """A function in a greenlet of the caller's hub."""
+
+    def __init__(self, hub: Hub, function: Callable[[], _T], context: contextvars.Context) -> None:
+        super().__init__()
+        self._hub = hub
+        self._has_ended = False
+        self._waiting: list[Callable[[], object]] = []
+        self._lock = threading.Lock()  # guards _has_ended, _waiting
+        hub.guests += 1
+        spawned = greenlet(lambda: self._run(function), hub.greenlet)
+        spawned.gr_context = context
+        hub.run_soon(spawned)
+
+    def join(self, timeout: float | None = None) -> bool:
+        hub = hub_of_greenlet()
+        if hub is not None:
+            alarm = Alarm(hub)
+            self._tell(lambda: hub.call_anywhere(alarm.ring))
+            timer = None if timeout is None else hub.call_later(timeout, alarm.ring)
+            try:
+                alarm.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
+        else:
+            ended = threading.Event()
+            self._tell(ended.set)
+            ended.wait(timeout)
+        return self._has_ended
+
+    def _run(self, function: Callable[[], _T]) -> None:
+        self._call(function)
+        hub = self._hub
+        if hub.unsent:
+            hub.send_unsent()
+        with self._lock:
+            self._has_ended = True
+            waiting, self._waiting = self._waiting, []
+        for wake in waiting:
+            wake()
+        hub.guests -= 1
+        if not hub.guests:
+            hub.call_soon(hub.on_guest_left)
+
+    def _tell(self, wake: Callable[[], object]) -> None:
+        """Call back when it ends, or now if it has."""
+        with self._lock:
+            if not self._has_ended:
+                self._waiting.append(wake)
+                return
+        wake()
+
+
+class Timeout:
+    """The context manager that `timeout` returns.
+
+    It interrupts by an error that is no `Exception`, so that ``except Exception`` in the block
+    does not stop it, and turns it into `TimeoutError` at the block's end.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._timer: TimerHandle | threading.Timer | None = None
+        self._lock = threading.Lock()  # guards _has_ended against the timer's thread
+        self._has_ended = False
+        self._interrupts = False
+        self._outer = inf
+        self._deadline = inf
+
+    def __enter__(self) -> Self:
+        if self._seconds is None:
+            return self
+        hub = hub_of_greenlet()
+        if hub is not None:
+            self._timer = hub.call_later(self._seconds, self._interrupt_greenlet, getcurrent())
+            return self
+        self._outer = _here.deadline
+        self._deadline = time.monotonic() + self._seconds
+        self._timer = timer = threading.Timer(
+            self._seconds, self._interrupt_thread, (threading.get_ident(),)
+        )
+        timer.daemon = True
+        try:
+            _here.deadline = min(self._outer, self._deadline)
+            timer.start()
+        except Interruption:  # the time was over before the block began
+            self._end_in_thread()
+            raise TimeoutError("timed out") from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._timer is None:
+            return
+        self._timer.cancel()
+        if isinstance(self._timer, threading.Timer):
+            self._end_in_thread()
+        is_over = self._interrupts or time.monotonic() >= self._deadline
+        if is_over and (error is None or isinstance(error, Interruption)):
+            raise TimeoutError("timed out") from None
+
+    def _interrupt_greenlet(self, waiting: greenlet) -> None:
+        self._interrupts = True
+        waiting.throw(Interruption(self))
+
+    def _interrupt_thread(self, thread: int) -> None:
+        with self._lock:
+            if not self._has_ended:
+                self._interrupts = True
+                _raise_in(thread)
+
+    def _end_in_thread(self) -> None:
+        """Take the timer back, and an interruption that has not been raised yet."""
+        _here.deadline = self._outer
+        with self._lock:
+            self._has_ended = True
+        if self._interrupts:
+            try:
+                _raise_in(threading.get_ident(), None)
+            except Interruption:
+                pass
+
+
+class Interruption(BaseException):
+    """Ends a block whose time is over; the `timeout` around it makes it a `TimeoutError`."""
+
+
+class _Here(threading.local):
+    """What the calling thread may still wait for, where there is no hub."""
+
+    deadline: float = inf
+
+
+_here = _Here()
+
+
+def hub_of_greenlet() -> Hub | None:
+    """Return the hub on which the caller can wait by switching; ``None`` if it cannot."""
+    hub = running()
+    return None if hub is None or hub.is_current() else hub
+
+
+async def _wait_for(awaitable: Awaitable[_T]) -> _T:
+    """Wait no longer than the `timeout` around the caller allows."""
+    remaining = _remaining_here()
+    return await asyncio.wait_for(
+        awaitable, None if remaining >= threading.TIMEOUT_MAX else remaining
+    )
+
+
+def _sleep_here(seconds: float) -> None:
+    """Sleep, no longer than the `timeout` around the caller allows."""
+    remaining = _remaining_here()
+    time.sleep(min(seconds, remaining))
+    if remaining < seconds:
+        raise Interruption
+
+
+def _remaining_here() -> float:
+    """Return the seconds that the `timeout` around the caller leaves to a thread."""
+    return min(max(0.0, _here.deadline - time.monotonic()), threading.TIMEOUT_MAX)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None = Interruption) -> None:
+    """Raise an error in another thread, between two steps of its Python code.
+
+    ``None`` takes back what has not been raised yet.
+    """
+    target: Any = ctypes.c_ulong(thread)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        target, None if error is None else ctypes.py_object(error)
+    )

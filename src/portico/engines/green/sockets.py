@@ -1,0 +1,869 @@
+"""A socket whose waits let other greenlets run.
+
+A `GreenSocket` is a `socket.socket`: same methods, same results, same errors.  Where a blocking
+socket would hold the thread, it holds its greenlet.  Outside of a hub it is a blocking socket.
+
+Owns the calls to the system and what is written but not sent yet; leaves waiting to its `Watch`.
+
+How the calls stay cheap.  Every one asks for `MSG_DONTWAIT`, so the descriptor itself stays in
+blocking mode, and programs that it is handed to (``subprocess``, ``detach``) find it as they
+expect.  A read from a TCP stream that brings less than was asked for has emptied the socket, so
+the next one waits first and nobody pays for `BlockingIOError`.  `Watch.is_eager` stands for the
+cases where that does not hold: datagrams, Unix sockets (a read stops where descriptors were
+passed), and a stream with an end, an error or urgent data in it.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import io
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from math import inf
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+
+from greenlet import getcurrent
+
+from portico.engines.green.hub import Hub, running
+from portico.engines.green.watch import CREDIT, Watch
+from portico.handlers import _SocketWriter
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+T = TypeVar("T")
+Address: TypeAlias = Any
+"""As in the standard library: a tuple, a string or bytes, by family."""
+Control: TypeAlias = tuple[int, int, bytes]
+"""One ancillary message: level, type, data."""
+
+NOW: Final = int(socket.MSG_DONTWAIT) if sys.platform == "linux" else 0
+"""The flag that keeps a call from waiting; elsewhere the descriptor is made non-blocking.
+
+A plain number: combining flags of the enumeration costs more than the call.
+"""
+
+NO_WAIT: Final = int(
+    getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_ERRQUEUE", 0) | socket.MSG_OOB
+)
+"""Flags with which a call does not wait on a blocking socket either."""
+
+OUTBOX_SIZE: Final = 65536
+"""Bytes that are collected before they are sent: about what the system takes in one call."""
+
+WAIT_FOR_ALL: Final = int(socket.MSG_WAITALL)
+
+READ_BUFFER: Final = 2048
+"""Bytes that a file over a socket buffers, unless it is told how many.
+
+Ten thousand idle connections keep ten thousand buffers.  Large reads go past it.
+"""
+
+SENDFILE_SIZE: Final = 1 << 20
+"""Bytes for one call of sendfile(2): it does not wait for the peer, but it may for the disk."""
+
+FILE_CHUNK: Final = 65536
+"""Bytes that are read at once from a file that sendfile(2) does not take."""
+
+UNIX_RETRY: Final = (0.001, 0.05)
+"""Seconds between two attempts, first and last, where the system has no event to wait for.
+
+A full datagram queue of a Unix socket that we are not connected to, and a full backlog of a Unix
+listener, are reported as writable by poll(2) while the call itself says `EAGAIN`.
+"""
+
+TCP_FAMILIES: Final = frozenset({int(socket.AF_INET), int(socket.AF_INET6)})
+TCP_PROTOCOLS: Final = frozenset({0, int(socket.IPPROTO_TCP)})
+STREAM: Final = int(socket.SOCK_STREAM)
+UNIX: Final = int(getattr(socket, "AF_UNIX", -1))
+NONBLOCK_TYPE: Final = int(getattr(socket, "SOCK_NONBLOCK", 0))
+
+_Socket = _socket.socket
+# The methods of C, as functions: looked up once, not at every message.
+_accept: Callable[[_Socket], tuple[int, Address]] = getattr(_Socket, "_accept")  # noqa: B009
+_connect_ex = _Socket.connect_ex
+_fileno = _Socket.fileno
+_recv = _Socket.recv
+_recv_into = _Socket.recv_into
+_recvfrom = _Socket.recvfrom
+_recvfrom_into = _Socket.recvfrom_into
+_send = _Socket.send
+_sendto: Callable[..., int] = _Socket.sendto
+_get_family: Callable[[_Socket], int] = _Socket.family.__get__
+_get_type: Callable[[_Socket], int] = _Socket.type.__get__
+_get_proto: Callable[[_Socket], int] = _Socket.proto.__get__
+
+
+class GreenSocket(socket.socket):
+    """A socket that waits by switching to the hub.
+
+    Used by several greenlets at once, reads and writes do not hinder each other.  The methods
+    are those of `socket.socket`, and mean the same.
+
+    Args:
+        family: As for `socket.socket`.
+        type: As for `socket.socket`.
+        proto: As for `socket.socket`.
+        fileno: A descriptor to take over, as for `socket.socket`.
+    """
+
+    __slots__ = ("coalesces", "outbox", "watch")
+
+    watch: Watch
+    coalesces: bool
+    """Whether `make_writer` gives a writer that collects small writes."""
+    outbox: Outbox | None
+    """What was written but not sent; ``None`` until something is."""
+
+    def __init__(
+        self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None
+    ) -> None:
+        super().__init__(family, type, proto, fileno)
+        timeout = socket.getdefaulttimeout()
+        if type == -1:
+            family, type, proto = _get_family(self), _get_type(self), _get_proto(self)
+        elif type & NONBLOCK_TYPE:
+            type, timeout = _get_type(self), 0.0
+        if timeout is not None or not NOW:
+            _Socket.setblocking(self, bool(NOW))
+        self.coalesces = True
+        self.outbox = None
+        self.watch = Watch(
+            _fileno(self) if fileno is None else fileno,
+            is_eager=type != STREAM or family not in TCP_FAMILIES or proto not in TCP_PROTOCOLS,
+            timeout=timeout,
+        )
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        watch = self.watch
+        if flags or bufsize <= 0:
+            return self._read_flagged(flags, _recv, bufsize)
+        if watch.may_read:
+            watch.credit -= 1
+            if watch.credit <= 0:
+                watch.give_way()
+        elif watch.owner is not getcurrent():
+            watch.wait_readable()
+        else:  # the short way of wait_readable, written out for speed
+            hub = watch.hub
+            if hub.unsent:
+                hub.send_unsent()
+            if not watch.may_read:
+                watch.credit = CREDIT
+                watch.reader = watch.owner
+                try:
+                    hub.greenlet.switch()
+                finally:
+                    watch.reader = None
+                    if watch.crowd is not None:
+                        watch.wake_crowd()
+        try:
+            data = _recv(self, bufsize, NOW)
+        except BlockingIOError:
+            self._check_waiting()
+        else:
+            watch.may_read = watch.is_eager or len(data) == bufsize
+            return data
+        return self._read(_recv, bufsize, NOW)
+
+    # Written out for speed, hence long.
+    def recv_into(  # noqa: C901
+        self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0
+    ) -> int:
+        watch = self.watch
+        try:
+            size = nbytes or len(buffer)  # type: ignore[arg-type]  # nearly all have one
+        except TypeError:
+            size = 0
+        if flags or size <= 0:
+            return self._read_flagged(flags, _recv_into, buffer, nbytes)
+        if watch.may_read:
+            watch.credit -= 1
+            if watch.credit <= 0:
+                watch.give_way()
+        elif watch.owner is not getcurrent():
+            watch.wait_readable()
+        else:  # the short way of wait_readable, written out for speed
+            hub = watch.hub
+            if hub.unsent:
+                hub.send_unsent()
+            if not watch.may_read:
+                watch.credit = CREDIT
+                watch.reader = watch.owner
+                try:
+                    hub.greenlet.switch()
+                finally:
+                    watch.reader = None
+                    if watch.crowd is not None:
+                        watch.wake_crowd()
+        try:
+            count = _recv_into(self, buffer, nbytes, NOW)
+        except BlockingIOError:
+            self._check_waiting()
+        else:
+            # The size may be in items of several bytes; then this errs to the safe side.
+            watch.may_read = watch.is_eager or count >= size
+            return count
+        return self._read(_recv_into, buffer, nbytes, NOW)
+
+    def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Address]:
+        return self._read_flagged(flags, _recvfrom, bufsize)
+
+    def recvfrom_into(
+        self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0
+    ) -> tuple[int, Address]:
+        return self._read_flagged(flags, _recvfrom_into, buffer, nbytes)
+
+    if hasattr(_Socket, "recvmsg"):
+
+        def recvmsg(
+            self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /
+        ) -> tuple[bytes, list[Control], int, Address]:
+            return self._read_flagged(flags, _Socket.recvmsg, bufsize, ancbufsize)
+
+        def recvmsg_into(
+            self,
+            buffers: Iterable[WriteableBuffer],
+            ancbufsize: int = 0,
+            flags: int = 0,
+            /,
+        ) -> tuple[int, list[Control], int, Address]:
+            kept = tuple(buffers)  # it may be read twice
+            return self._read_flagged(flags, _Socket.recvmsg_into, kept, ancbufsize)
+
+    def _read(self, read: Callable[..., T], *args: object, is_file: bool = False) -> T:
+        """Wait, then read, until it works; for the cases that are not the common one."""
+        watch = self.watch
+        deadline = watch.deadline()
+        while True:
+            watch.wait_readable(deadline)
+            try:
+                result = read(self, *args)
+            except BlockingIOError:
+                self._check_waiting(is_file=is_file)
+            else:
+                watch.may_read = True
+                return result
+
+    def _read_flagged(self, flags: int, read: Callable[..., T], *args: Any) -> T:
+        """Read with any flags, and whatever the last read brought."""
+        watch = self.watch
+        waits_for_all = flags & WAIT_FOR_ALL
+        if waits_for_all and (read is _recv or read is _recv_into) and _get_type(self) == STREAM:
+            return cast("T", self._read_all(flags & ~waits_for_all, read, *args))
+        watch.credit -= 1
+        if watch.credit <= 0:
+            watch.give_way()
+        try:
+            result = read(self, *args, flags | NOW)
+        except BlockingIOError:
+            if flags & NO_WAIT:
+                raise
+            self._check_waiting()
+        else:
+            # What was read was a datagram, was only looked at, or came with other strings.
+            watch.may_read = True
+            return result
+        return self._read(read, *args, flags | NOW)
+
+    def _read_all(
+        self, flags: int, read: Callable[..., object], into: Any, nbytes: int = 0
+    ) -> bytes | int:
+        """Read until there is as much as was asked for, or the stream ends, or an error comes."""
+        buffer = bytearray(into) if read is _recv else into
+        view = memoryview(buffer).cast("B")
+        view = view[: nbytes or view.nbytes]
+        count = 0
+        while count < view.nbytes:
+            try:
+                part = self.recv_into(view[count:], 0, flags)
+            except OSError:
+                if not count or flags & socket.MSG_PEEK:
+                    raise
+                break  # what came before is handed out; the next read finds the end
+            if not part:
+                break
+            count += part
+            if flags & socket.MSG_PEEK and count < view.nbytes:
+                count = 0  # it is all there still, and the next look begins at its start
+                self.watch.may_read = False
+                self.watch.wait_readable()
+        return bytes(view[:count]) if read is _recv else count
+
+    def _check_waiting(self, *, is_file: bool = False) -> None:
+        """Let the `BlockingIOError` being handled pass if nobody may wait.
+
+        Raises:
+            BlockingIOError: The socket is in non-blocking mode.
+            OSError: It was closed.  A file over it may go on, as over any socket.
+        """
+        watch = self.watch
+        watch.may_read = False
+        if watch.timeout == 0:
+            raise  # noqa: PLE0704  # the one being handled
+        if self._closed and not is_file:  # type: ignore[attr-defined]  # socket.socket's own
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
+        return self._write(_send, data, flags | NOW)
+
+    def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
+        if self.outbox is not None:
+            self.outbox.send()
+        watch = self.watch
+        watch.credit -= 1
+        if watch.credit <= 0:
+            watch.give_way()
+        try:
+            sent = _send(self, data, flags | NOW)
+        except BlockingIOError:
+            if watch.timeout == 0:
+                raise
+            sent = 0
+        if type(data) is not bytes or sent != len(data):
+            self._send_rest(data, sent, flags)
+
+    def sendto(self, data: ReadableBuffer, *flags_and_address: Any) -> int:
+        flags = NOW
+        address: Any = flags_and_address[-1]
+        if len(flags_and_address) > 1:
+            flags |= flags_and_address[0]
+        if type(address) is not str and may_be_name(address):
+            address = self._resolve(address)
+        watch = self.watch
+        watch.credit -= 1
+        if watch.credit > 0 and self.outbox is None:
+            try:
+                return _sendto(self, data, flags, address)
+            except BlockingIOError:
+                pass
+        return self._write(_sendto, data, flags, address)
+
+    if hasattr(_Socket, "sendmsg"):
+
+        def sendmsg(
+            self,
+            buffers: Iterable[ReadableBuffer],
+            ancdata: Iterable[tuple[int, int, ReadableBuffer]] = (),
+            flags: int = 0,
+            address: Address | None = None,
+            /,
+        ) -> int:
+            kept, control = tuple(buffers), tuple(ancdata)
+            return self._write(_Socket.sendmsg, kept, control, flags | NOW, address)
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        if self.watch.timeout == 0:
+            raise ValueError("non-blocking sockets are not supported")
+        if _get_type(self) != STREAM:
+            raise ValueError("only SOCK_STREAM type sockets are supported")
+        if "b" not in getattr(file, "mode", "b"):
+            raise ValueError("file should be opened in binary mode")
+        if count is not None and count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        if self.outbox is not None:
+            self.outbox.send()
+        sent = self._send_by_kernel(file, offset, count)
+        if sent is None:
+            sent = self._send_by_reading(file, offset, count)
+        return sent
+
+    def _write(self, write: Callable[..., int], *args: Any) -> int:
+        """Write until it works, waiting where it cannot."""
+        if self.outbox is not None:
+            self.outbox.send()
+        watch = self.watch
+        watch.credit -= 1
+        if watch.credit <= 0:
+            watch.give_way()
+        deadline, pause = inf, UNIX_RETRY[0]
+        while True:
+            try:
+                return write(self, *args)
+            except BlockingIOError:
+                if watch.timeout == 0:
+                    raise
+            if deadline == inf:
+                deadline = watch.deadline()
+            if _get_family(self) == UNIX and _get_type(self) != STREAM:
+                pause = pause_before_retry(pause, deadline)
+            else:
+                watch.wait_writable(deadline)
+
+    def _send_rest(self, data: ReadableBuffer, sent: int, flags: int) -> None:
+        """Send what a first call left over, under one deadline for all of it."""
+        with memoryview(data) as view, view.cast("B") as octets:
+            watch = self.watch
+            deadline = watch.deadline() if sent < octets.nbytes else inf
+            while sent < octets.nbytes:
+                watch.wait_writable(deadline)
+                try:
+                    sent += _send(self, octets[sent:], flags | NOW)
+                except BlockingIOError:
+                    if watch.timeout == 0:
+                        raise
+
+    def _send_by_kernel(self, file: Any, offset: int, count: int | None) -> int | None:
+        """Send a file with sendfile(2); return how much, or ``None`` if it cannot be done."""
+        try:
+            source = file.fileno()
+            size = os.fstat(source).st_size
+        except (AttributeError, io.UnsupportedOperation, OSError):
+            return None
+        if not size or not hasattr(os, "sendfile"):
+            return None
+        watch, target, sent = self.watch, _fileno(self), 0
+        deadline = watch.deadline()
+        was_blocking = os.get_blocking(target)
+        os.set_blocking(target, False)  # sendfile(2) has no flag for it
+        try:
+            while count is None or sent < count:
+                part = SENDFILE_SIZE if count is None else min(SENDFILE_SIZE, count - sent)
+                try:
+                    done = os.sendfile(target, source, offset + sent, part)
+                except BlockingIOError:
+                    watch.wait_writable(deadline)
+                    continue
+                except OSError as error:
+                    if not sent and error.errno in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
+                        return None
+                    raise
+                if not done:
+                    break
+                sent += done
+                watch.give_way()  # a megabyte, and perhaps a disk: others first
+        finally:
+            if was_blocking and _fileno(self) == target:
+                os.set_blocking(target, True)
+            if sent and hasattr(file, "seek"):
+                file.seek(offset + sent)
+        return sent
+
+    def _send_by_reading(self, file: Any, offset: int, count: int | None) -> int:
+        """Send a file that the kernel does not read for us; return how much."""
+        if offset:
+            file.seek(offset)
+        sent = 0
+        try:
+            while count is None or sent < count:
+                data = file.read(FILE_CHUNK if count is None else min(FILE_CHUNK, count - sent))
+                if not data:
+                    break
+                self.sendall(data)
+                sent += len(data)
+        finally:
+            if sent and hasattr(file, "seek"):
+                file.seek(offset + sent)
+        return sent
+
+    def _send_now(self, data: bytes) -> int:
+        """Send what the system takes at once; return how much that is.
+
+        Raises:
+            OSError: As `send`, but never `BlockingIOError`.
+        """
+        try:
+            return _send(self, data, NOW)
+        except BlockingIOError:
+            return 0
+
+    def make_writer(self) -> _SocketWriter:
+        """Return the `wfile` for a `StreamRequestHandler` that has no buffer of its own."""
+        return GreenWriter(self) if self.coalesces else _SocketWriter(self)
+
+    # --- connecting -------------------------------------------------------------------------
+
+    def accept(self) -> tuple[socket.socket, Address]:
+        watch = self.watch
+        if os.get_blocking(watch.fd):
+            os.set_blocking(watch.fd, False)  # accept(2) has no flag for it
+        if watch.may_read:
+            watch.credit -= 1
+            if watch.credit <= 0:
+                watch.give_way()
+        try:
+            fd, address = _accept(self)
+        except BlockingIOError:
+            self._check_waiting()
+            fd, address = -1, None
+        if fd < 0:
+            fd, address = self._read(_accept)
+        watch.may_read = True
+        family, kind, proto = _get_family(self), _get_type(self), _get_proto(self)
+        return GreenSocket(family, kind, proto, fd), address
+
+    def connect(self, address: Address, /) -> None:
+        status = self._connect(address)
+        if status == errno.EAGAIN and self.watch.timeout:
+            raise TimeoutError("timed out")
+        if status:
+            raise OSError(status, os.strerror(status))
+
+    def connect_ex(self, address: Address, /) -> int:
+        return self._connect(address)
+
+    def _connect(self, address: Address) -> int:
+        """Connect; return the error, or 0."""
+        watch = self.watch
+        deadline = watch.deadline()
+        if isinstance(address, tuple):
+            address = self._resolve(cast("Any", address))
+        was_blocking = os.get_blocking(watch.fd)
+        os.set_blocking(watch.fd, False)  # connect(2) has no flag for it
+        try:
+            status = _connect_ex(self, address)
+            pause = UNIX_RETRY[0]
+            while status == errno.EAGAIN and watch.timeout != 0 and _get_family(self) == UNIX:
+                pause = pause_before_retry(pause, deadline)
+                status = _connect_ex(self, address)
+            if status == errno.EINPROGRESS and watch.timeout != 0:
+                status = self._finish_connecting(deadline)
+        except TimeoutError:
+            return errno.EAGAIN  # as connect_ex of a socket with a timeout
+        finally:
+            if was_blocking and _fileno(self) >= 0:
+                os.set_blocking(watch.fd, True)
+        return status
+
+    def _finish_connecting(self, deadline: float) -> int:
+        """Wait until the peer has answered; return the error, or 0."""
+        while True:
+            self.watch.wait_writable(deadline)
+            status = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if status:
+                return status
+            try:
+                self.getpeername()
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
+            else:
+                return 0
+
+    def _resolve(self, address: Any) -> Any:
+        """Look a host name up in a thread, so that the hub does not wait for name servers."""
+        host = address[0] if address else None
+        if (
+            not isinstance(host, str)
+            or not host
+            or host[-1].isdigit()
+            or ":" in host
+            or host[0] == "<"  # <broadcast> is an address
+            or _get_family(self) not in TCP_FAMILIES
+        ):
+            return address
+        hub = running()
+        if hub is None or hub.is_current():
+            return address  # the call itself looks it up, and waits for it
+        found = hub.run_in_thread(
+            lambda: socket.getaddrinfo(host, address[1], _get_family(self), _get_type(self))
+        )
+        return (*found[0][4][:2], *address[2:])
+
+    # --- the life of the socket -------------------------------------------------------------
+
+    def settimeout(self, value: float | None, /) -> None:
+        if value is not None:
+            value = float(value)
+            if value < 0:
+                raise ValueError("Timeout value out of range")
+        self.watch.set_timeout(value)
+
+    def gettimeout(self) -> float | None:
+        return self.watch.timeout
+
+    def setblocking(self, flag: bool, /) -> None:
+        self.watch.set_timeout(None if flag else 0.0)
+
+    def getblocking(self) -> bool:
+        return self.watch.timeout != 0
+
+    @property
+    def timeout(self) -> float | None:
+        """The timeout in seconds, as `gettimeout` returns it."""
+        return self.watch.timeout
+
+    def fileno(self) -> int:
+        if self.outbox is not None:
+            self.outbox.send()  # whoever asks may write to it directly
+        return _fileno(self)
+
+    def shutdown(self, how: int, /) -> None:
+        if self.outbox is not None:
+            self.outbox.send_collected()
+        super().shutdown(how)
+
+    def detach(self) -> int:
+        if self.outbox is not None:
+            self.outbox.send()
+        self.watch.drop(is_closing=False)
+        return super().detach()
+
+    def close(self) -> None:
+        if self.outbox is not None:
+            self.outbox.send_collected()
+        super().close()
+        if _fileno(self) >= 0:  # a file over it is open still, and closes it at its end
+            self.watch.nudge()
+
+    def _real_close(self, _ss: type[_Socket] = _Socket) -> None:
+        self.watch.drop(is_closing=True)
+        _ss.close(self)
+
+    def makefile(
+        self,
+        mode: str = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Any:
+        if not set(mode) <= {"r", "w", "b"}:
+            raise ValueError(f"invalid mode {mode!r} (only r, w, b allowed)")
+        is_writing = "w" in mode
+        is_reading = "r" in mode or not is_writing
+        raw = self._make_raw(("r" if is_reading else "") + ("w" if is_writing else ""))
+        self._io_refs += 1  # type: ignore[attr-defined]  # SocketIO.close takes it back
+        size = READ_BUFFER if buffering is None or buffering < 0 else buffering
+        if size == 0:
+            if "b" not in mode:
+                raise ValueError("unbuffered streams must be binary")
+            return raw
+        buffered: io.BufferedRWPair | io.BufferedReader | io.BufferedWriter
+        if is_reading and is_writing:
+            buffered = io.BufferedRWPair(raw, raw, size)
+        elif is_reading:
+            buffered = io.BufferedReader(raw, size)
+        else:
+            buffered = io.BufferedWriter(raw, size)
+        if "b" in mode:
+            return buffered
+        text = io.TextIOWrapper(cast("io.BufferedReader", buffered), encoding, errors, newline)
+        text.mode = mode  # type: ignore[misc]  # as socket.makefile does
+        return text
+
+    def _make_raw(self, mode: str) -> socket.SocketIO:
+        """Return the unbuffered file for `makefile`."""
+        return GreenSocketIO(self, cast("Any", mode))
+
+
+class GreenSocketIO(socket.SocketIO):
+    """The unbuffered file over a green socket; reads without a detour over `recv_into`."""
+
+    # What SocketIO keeps, by the names that it has used from the beginning.
+    _sock: GreenSocket | None
+    _reading: bool
+    _timeout_occurred: bool
+
+    # Written out for speed, hence long.
+    def readinto(self, b: WriteableBuffer) -> int | None:  # noqa: C901, PLR0912
+        sock = self._sock
+        if sock is None or self._timeout_occurred or not self._reading:
+            return super().readinto(b)
+        watch = sock.watch
+        try:
+            if watch.may_read:
+                watch.credit -= 1
+                if watch.credit <= 0:
+                    watch.give_way()
+            elif watch.owner is not getcurrent():
+                watch.wait_readable()
+            else:  # the short way of wait_readable, written out for speed
+                hub = watch.hub
+                if hub.unsent:
+                    hub.send_unsent()
+                if not watch.may_read:
+                    watch.credit = CREDIT
+                    watch.reader = watch.owner
+                    try:
+                        hub.greenlet.switch()
+                    finally:
+                        watch.reader = None
+                        if watch.crowd is not None:
+                            watch.wake_crowd()
+            try:
+                count = _recv_into(sock, b, 0, NOW)
+            except BlockingIOError:
+                watch.may_read = False
+                if watch.timeout == 0:
+                    return None
+            else:
+                watch.may_read = watch.is_eager or count >= len(b)  # type: ignore[arg-type]
+                return count
+            return sock._read(_recv_into, b, 0, NOW, is_file=True)
+        except TimeoutError:
+            self._timeout_occurred = True
+            raise
+
+
+class Outbox:
+    """What was written to a connection but has not been sent: small writes leave together.
+
+    Belongs to the thread of the hub.  Its watchdog alone comes from another thread, with
+    `send_now`, so taking from it is under the hub's lock `sending`.
+    """
+
+    __slots__ = ("_error", "_hub", "_sock", "chunks", "is_listed", "size")
+
+    def __init__(self, sock: GreenSocket) -> None:
+        self._sock = sock
+        self._hub: Hub | None = None
+        self._error: OSError | None = None
+        self.chunks: list[bytes] = []
+        self.size = 0
+        """Bytes in `chunks`."""
+        self.is_listed = False
+        """Whether the hub will send this before the greenlet waits."""
+
+    def open(self) -> bool:
+        """Prepare for a first chunk; return whether chunks may be collected here.
+
+        Raises:
+            OSError: The bytes before could not be sent.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        hub = self._hub
+        if hub is None or getcurrent().parent is not hub.greenlet:
+            hub = running()
+            if hub is None or hub.is_current():
+                return False
+            self._hub = hub
+        if not self.is_listed:
+            self.is_listed = True
+            hub.unsent.append(self)
+        return True
+
+    def send(self) -> None:
+        """Send everything, waiting for the peer where need be.
+
+        Raises:
+            OSError: As `sendall`.
+        """
+        if not self.chunks or self._hub is None:
+            return
+        sock, chunks = self._sock, self.chunks
+        with self._hub.sending:
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+            self.size = 0
+            sent = sock._send_now(data)
+        if sent != len(data):
+            sock._send_rest(data, sent, 0)
+
+    def flush(self) -> None:
+        """Send everything, and tell of an earlier failure.
+
+        Raises:
+            OSError: As `sendall`.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        self.send()
+
+    def send_collected(self) -> None:
+        """Send everything before a wait; an error is kept for the next write."""
+        self.is_listed = False
+        if self.chunks:
+            try:
+                self.send()
+            except OSError as error:
+                self._error = error
+
+    def send_now(self) -> None:
+        """Send what the system takes at once; from the watchdog's thread, under its lock."""
+        data = b"".join(self.chunks)
+        del self.chunks[:]
+        try:
+            sent = self._sock._send_now(data)
+        except OSError as error:
+            self._error = error
+            return
+        if sent != len(data):
+            self.chunks.insert(0, data[sent:])
+
+
+class GreenWriter(_SocketWriter):
+    """A connection's `wfile`: collects what is written until its greenlet waits, or 64 KiB."""
+
+    def __init__(self, sock: GreenSocket) -> None:
+        super().__init__(sock)
+        if sock.outbox is None:
+            sock.outbox = Outbox(sock)
+        self._outbox = sock.outbox
+
+    def write(self, b: ReadableBuffer) -> int:
+        """Write all of `b`, a buffer of any kind, and return its size in bytes.
+
+        Raises:
+            OSError: The connection is broken; it may be for bytes of an earlier write.
+        """
+        # A copy, unless nobody can change it before it is sent.
+        data = b if type(b) is bytes else memoryview(b).tobytes()
+        outbox = self._outbox
+        if not outbox.chunks and not outbox.open():
+            self._sock.sendall(data)
+            return len(data)
+        outbox.chunks.append(data)
+        size = len(data)
+        outbox.size += size
+        if outbox.size >= OUTBOX_SIZE:
+            outbox.send()
+        return size
+
+    def flush(self) -> None:
+        """Send what was written.
+
+        Raises:
+            OSError: As `write`.
+        """
+        if not self.closed:
+            self._outbox.flush()
+
+
+def accept_from(listener: socket.socket) -> tuple[GreenSocket, Address]:
+    """Accept a connection as a green socket, without the detour over a plain one.
+
+    Raises:
+        OSError: As accept(2).
+    """
+    fd, address = _accept(listener)
+    family, kind, proto = _get_family(listener), _get_type(listener), _get_proto(listener)
+    return GreenSocket(family, kind, proto, fd), address
+
+
+def may_be_name(address: Address) -> bool:
+    """Say whether an address may contain a host name; a number ends in a digit, usually."""
+    try:
+        host: Any = address[0]
+        return not host[-1:].isdigit()
+    except TypeError:  # a path, in bytes, or what the call itself will refuse
+        return False
+
+
+def pause_before_retry(pause: float, deadline: float) -> float:
+    """Let time pass before an attempt that no event announces; return the next pause.
+
+    Raises:
+        TimeoutError: The deadline came.
+    """
+    remaining = deadline - monotonic()
+    if remaining <= 0:
+        raise TimeoutError("timed out")
+    hub = running()
+    if hub is None or hub.is_current():
+        sleep(min(pause, remaining))
+    else:
+        hub.sleep(min(pause, remaining))
+    return min(2 * pause, UNIX_RETRY[1])

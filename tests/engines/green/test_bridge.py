@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import portico
+from portico.engines.green import GreenMixIn
+from portico.engines.green.bridge import await_, sleep, spawn, timeout, to_thread
+from portico.engines.green.coroutines import (
+    AsyncDatagramRequestHandler,
+    AsyncRequestHandler,
+    AsyncStreamRequestHandler,
+)
+from tests.engines.green.test_engine import ask, connected, serving
+from tests.support import PATIENCE
+
+
+class GreenTCP(GreenMixIn, portico.TCPServer):
+    pass
+
+
+class GreenUDP(GreenMixIn, portico.UDPServer):
+    pass
+
+
+SOON = 0.01
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+ENGINES = (portico.TCPServer, portico.ThreadingTCPServer, GreenTCP)
+
+
+@pytest.fixture(params=ENGINES, ids=lambda kind: kind.__name__)
+def run(request: pytest.FixtureRequest) -> Callable[[Callable[[Any], Any]], Any]:
+    """Run a function as a handler on each engine; return what it returned or raise its error."""
+
+    def run(function: Callable[[Any], Any]) -> Any:
+        outcome: list[Any] = []
+
+        class Handler(portico.BaseRequestHandler):
+            def handle(self) -> None:
+                try:
+                    outcome.append((function(self), None))
+                except BaseException as error:
+                    outcome.append((None, error))
+
+        kind = request.param
+        with kind(("127.0.0.1", 0), Handler) as server:
+            loop = threading.Thread(target=server.serve_forever)
+            loop.start()
+            with socket.create_connection(server.server_address, PATIENCE) as client:
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1) == b""
+            server.shutdown()
+            loop.join()
+        ((result, error),) = outcome
+        if error is not None:
+            raise error
+        return result
+
+    return run
+
+
+Run = Callable[[Callable[[Any], Any]], Any]
+
+
+def test_to_thread_returns_what_the_function_returned(run: Run) -> None:
+    assert run(lambda _: to_thread(int, "12", base=3)) == 5
+
+
+def test_to_thread_raises_what_the_function_raised(run: Run) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(lambda _: to_thread(divmod, 1, 0))
+
+
+def test_to_thread_shows_the_variables_of_the_caller(run: Run) -> None:
+    def handle(_: Any) -> str:
+        variable.set("of the caller")
+        return to_thread(variable.get)
+
+    assert run(handle) == "of the caller"
+
+
+def test_await_returns_or_raises_what_the_coroutine_did(run: Run) -> None:
+    async def work(value: int) -> int:
+        await asyncio.sleep(0)
+        return 10 // value
+
+    assert run(lambda _: await_(work(5))) == 2
+    with pytest.raises(ZeroDivisionError):
+        run(lambda _: await_(work(0)))
+
+
+def test_sleep_sleeps(run: Run) -> None:
+    def handle(_: Any) -> float:
+        before = time.monotonic()
+        sleep(SOON)
+        return time.monotonic() - before
+
+    assert run(handle) >= SOON * 0.9
+
+
+def test_what_was_spawned_runs_beside_the_handler(run: Run) -> None:
+    def handle(_: Any) -> Any:
+        event: list[str] = []
+        variable.set("seen")
+
+        def beside(name: str, *, end: str) -> str:
+            sleep(SOON)
+            event.append(name)
+            return variable.get() + end
+
+        spawned = spawn(beside, "spawned", end="!")
+        event.append("handler")
+        assert spawned.join()
+        assert spawned.join(0)
+        return event, spawned.result()
+
+    assert run(handle) == (["handler", "spawned"], "seen!")
+
+
+def test_a_result_that_takes_too_long_is_a_timeout(run: Run) -> None:
+    def handle(_: Any) -> bool:
+        spawned = spawn(sleep, 5 * SOON)
+        assert not spawned.join(SOON / 10)
+        with pytest.raises(TimeoutError):
+            spawned.result(SOON / 10)
+        spawned.result()
+        return True
+
+    assert run(handle)
+
+
+def test_what_was_spawned_raises_in_result(run: Run) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(lambda _: spawn(divmod, 1, 0).result())
+
+
+WAITS: dict[str, Callable[[], object]] = {
+    "sleep": lambda: sleep(PATIENCE),
+    "await": lambda: await_(asyncio.sleep(PATIENCE)),
+    "join": lambda: spawn(sleep, 20 * SOON).join(),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=list(WAITS))
+def test_a_timeout_ends_a_wait(run: Run, wait: Callable[[], object]) -> None:
+    def handle(_: Any) -> str:
+        with pytest.raises(TimeoutError), timeout(SOON):
+            try:
+                wait()
+            except Exception as error:
+                if not isinstance(error, TimeoutError):
+                    pytest.fail(f"an ordinary {error!r}")
+                raise
+        return "went on"
+
+    assert run(handle) == "went on"
+
+
+def test_a_timeout_that_does_not_come_changes_nothing(run: Run) -> None:
+    def handle(_: Any) -> str:
+        with timeout(PATIENCE), timeout(None):
+            sleep(SOON)
+        return "done"
+
+    assert run(handle) == "done"
+
+
+def test_an_error_of_the_block_is_passed_on(run: Run) -> None:
+    def handle(_: Any) -> None:
+        with timeout(PATIENCE):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(handle)
+
+
+def test_a_timeout_interrupts_a_computation_in_a_thread() -> None:
+    before = time.monotonic()
+    with pytest.raises(TimeoutError), timeout(SOON):
+        while time.monotonic() < before + PATIENCE:
+            sum(range(1000))
+
+
+def test_a_timeout_ends_a_read_in_the_green_engine() -> None:
+    class Handler(portico.StreamRequestHandler):
+        def handle(self) -> None:
+            try:
+                with timeout(SOON):
+                    self.rfile.readline()
+            except TimeoutError:
+                self.wfile.write(b"too late\n")
+
+    with serving(GreenTCP, Handler) as server, connected(server) as client:
+        assert client.recv(100) == b"too late\n"
+
+
+class TestAsyncHandlers:
+    @pytest.mark.parametrize("kind", ENGINES, ids=lambda kind: kind.__name__)
+    def test_streams(self, kind: Any) -> None:
+        class Shout(AsyncStreamRequestHandler):
+            async def handle(self) -> None:  # type: ignore[override]  # awaited
+                async for line in self.reader:
+                    self.writer.write(line.upper())
+                    await self.writer.drain()
+
+        with kind(("127.0.0.1", 0), Shout) as server:
+            loop = threading.Thread(target=server.serve_forever)
+            loop.start()
+            for _ in range(3):
+                with socket.create_connection(server.server_address, PATIENCE) as client:
+                    assert ask(client, b"one\ntwo\n") == b"ONE\nTWO\n"
+                    client.shutdown(socket.SHUT_WR)
+                    assert client.recv(1) == b""
+            server.shutdown()
+            loop.join()
+
+    def test_they_run_beside_each_other_on_one_hub(self) -> None:
+        together = 3
+        loops: set[int] = set()
+
+        class Meet(AsyncStreamRequestHandler):
+            async def handle(self) -> None:  # type: ignore[override]  # awaited
+                loops.add(id(asyncio.get_running_loop()))
+                waiting.append(self)
+                if len(waiting) == together:
+                    all_here.set()
+                await all_here.wait()
+                self.writer.write(b"met")
+
+        waiting: list[Any] = []
+        all_here = asyncio.Event()
+        with serving(GreenTCP, Meet) as server:
+            clients = [socket.create_connection(server.server_address) for _ in range(together)]
+            for client in clients:
+                assert client.recv(3) == b"met"
+                client.close()
+        assert len(loops) == 1
+
+    @pytest.mark.parametrize("kind", [portico.ThreadingUDPServer, GreenUDP])
+    def test_datagrams(self, kind: Any) -> None:
+        class Shout(AsyncDatagramRequestHandler):
+            async def handle(self) -> None:  # type: ignore[override]  # awaited
+                await asyncio.sleep(0)
+                self.wfile.write(self.packet.upper())
+
+        with kind(("127.0.0.1", 0), Shout) as server:
+            loop = threading.Thread(target=server.serve_forever)
+            loop.start()
+            with socket.socket(type=socket.SOCK_DGRAM) as client:
+                client.settimeout(PATIENCE)
+                client.sendto(b"hello", server.server_address)
+                assert client.recv(100) == b"HELLO"
+            server.shutdown()
+            loop.join()
+
+    def test_setup_and_finish_may_be_coroutines_and_finish_always_runs(self) -> None:
+        order: list[str] = []
+
+        class Steps(AsyncRequestHandler):
+            async def setup(self) -> None:  # type: ignore[override]  # awaited
+                order.append("setup")
+
+            async def handle(self) -> None:  # type: ignore[override]  # awaited
+                order.append("handle")
+                raise ConnectionResetError
+
+            async def finish(self) -> None:  # type: ignore[override]  # awaited
+                await asyncio.sleep(0)
+                order.append("finish")
+
+        with pytest.raises(ConnectionResetError):
+            Steps(None, None, None)
+        assert order == ["setup", "handle", "finish"]

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import portico
+from portico.engines.green import GreenMixIn
+from portico.engines.green.watchdog import find, is_program
+from portico.events import HandlerStalled, subscribe
+from tests.engines.green.test_engine import ask, connected, serving
+from tests.support import PATIENCE
+
+SOON = 0.01
+
+
+class Blocking(portico.StreamRequestHandler):
+    """Holds its hub until the test releases it, if it is told to."""
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(line)
+            if line == b"block\n":
+                self.server.held.set()
+                self.server.release.wait(PATIENCE)  # this is the line that holds the hub
+
+
+class Server(GreenMixIn, portico.TCPServer):
+    stall_threshold: float | None = SOON
+
+    def __init__(self, address: Any, handler: Any) -> None:
+        super().__init__(address, handler)
+        self.held = threading.Event()
+        self.release = threading.Event()
+
+
+class Hubs(Server):
+    max_hubs = 4
+
+
+@pytest.fixture
+def stalls() -> Iterator[queue.Queue[HandlerStalled]]:
+    """What was told of handlers that hold a hub."""
+    told: queue.Queue[HandlerStalled] = queue.Queue()
+    unsubscribe = subscribe(told.put, HandlerStalled)
+    yield told
+    unsubscribe()
+
+
+def test_a_handler_that_holds_the_hub_is_named_by_its_line(
+    stalls: queue.Queue[HandlerStalled],
+) -> None:
+    with serving(Server, Blocking) as server, connected(server) as client:
+        assert ask(client, b"block\n") == b"block\n"
+        stall = stalls.get(timeout=PATIENCE)
+        server.release.set()
+        path, _, number = stall.place.rpartition(":")
+        assert path == __file__
+        lines = Path(path).read_text().splitlines()
+        assert "this is the line" in lines[int(number) - 1]
+        assert stall.handler == "Blocking"
+        assert stall.peer == client.getsockname()
+        assert stall.duration >= SOON
+        assert stall.server is server
+        assert ask(client, b"go on\n") == b"go on\n"
+        server.release.clear()
+        # The answer is sent by the watchdog, after it had the occasion to tell again.
+        assert ask(client, b"block\n") == b"block\n"
+        server.release.set()
+    assert stalls.empty()  # once for each place and minute
+
+
+def test_what_it_has_written_is_sent_meanwhile() -> None:
+    with serving(Server, Blocking) as server, connected(server) as client:
+        client.settimeout(PATIENCE)
+        assert ask(client, b"block\n") == b"block\n"
+        assert not server.release.is_set()
+        server.release.set()
+
+
+def test_other_hubs_serve_while_one_is_held() -> None:
+    with serving(Hubs, Blocking) as server, connected(server) as client:
+        assert ask(client, b"block\n") == b"block\n"
+        for _ in range(5):
+            with connected(server) as other:
+                assert ask(other, b"served\n") == b"served\n"
+        assert not server.release.is_set()
+        server.release.set()
+
+
+def test_hubs_are_started_up_to_the_limit() -> None:
+    with serving(Hubs, Blocking) as server:
+        clients = []
+        for _ in range(Hubs.max_hubs):
+            client = socket.create_connection(server.server_address, PATIENCE)
+            assert ask(client, b"block\n") == b"block\n"
+            clients.append(client)
+        assert len(server._get_green().crews.live()) == Hubs.max_hubs
+        server.release.set()
+        for client in clients:
+            client.close()
+
+
+def test_hooks_of_the_accept_path_never_run_in_two_threads() -> None:
+    class Guarded(Hubs):
+        inside = threading.Lock()
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            assert self.inside.acquire(blocking=False), "two at once"
+            self.inside.release()
+            return True
+
+    with serving(Guarded, Blocking) as server, connected(server) as held:
+        assert ask(held, b"block\n") == b"block\n"
+        for _ in range(30):
+            with connected(server) as client:
+                assert ask(client, b"x\n") == b"x\n"
+        server.release.set()
+
+
+def test_an_idle_server_does_not_wake_for_it() -> None:
+    """The watchdog looks while a hub is busy, and sleeps while none is."""
+    with serving(Server, Blocking) as server, connected(server) as client:
+        assert ask(client, b"x\n") == b"x\n"
+        watchdog = server._get_green().watchdog
+        poller = server._get_green().crews.live()[0].hub.poller
+        pause = threading.Event()
+        while poller.on_wake is None:
+            pause.wait(0.001)
+        turn = poller.turn
+        pause.wait(10 * SOON)
+        assert poller.turn == turn
+        assert poller.on_wake == watchdog._changed.set
+
+
+def test_it_can_be_switched_off() -> None:
+    class Unwatched(Server):
+        stall_threshold = None
+
+    with serving(Unwatched, Blocking) as server, connected(server) as client:
+        assert ask(client, b"x\n") == b"x\n"
+        assert server._get_green().watchdog._thread is None
+
+
+def test_the_program_s_own_line_is_the_one_that_is_named() -> None:
+    assert is_program(__file__)
+    assert is_program("/venv/lib/python3.13/site-packages/client.py")
+    assert not is_program(portico.__file__)
+    assert not is_program(threading.__file__)
+    assert find(None) == (None, "")
