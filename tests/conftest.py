@@ -1,8 +1,8 @@
 """What holds for the whole suite."""
 
 import os
-import select
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -61,13 +61,12 @@ def leaves_no_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def is_running(child: int) -> bool:
     """Say whether a child goes on; leaves it to its server to collect one that has ended."""
-    try:
-        end = os.pidfd_open(child)
-    except ProcessLookupError:  # collected
-        return False
-    try:
-        ready = select.poll()
-        ready.register(end, select.POLLIN)
-        return not ready.poll(GRACE * 1000)
-    finally:
-        os.close(end)
+    pause = threading.Event()
+    for _ in range(int(GRACE / 0.01)):
+        try:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return False
+        except ChildProcessError:  # collected
+            return False
+        pause.wait(0.01)
+    return True
