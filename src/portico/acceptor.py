@@ -207,6 +207,9 @@ class Wakeup:
         else:
             signal.set_wakeup_fd(previous)
             self.misses_signals = True
+        # Runs the handlers of signals that came before.  Until Python 3.13 one that arrives while
+        # a thread takes the interpreter's lock can be lost sight of until the next time.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Acceptor:
