@@ -18,6 +18,7 @@ from portico.events import (
     DatagramCut,
     Event,
     HandlerFailed,
+    HandlerStalled,
     ListenerBound,
     ListenerLost,
     PeerGone,
@@ -114,6 +115,11 @@ def server() -> Iterator[TCPServer]:
             HandlerFailed,
             (PEER, LookupError("no such key")),
             ("ERROR", "handler of ('192.0.2.7', 40000) failed: LookupError('no such key')"),
+        ),
+        (
+            HandlerStalled,
+            (PEER, "Echo", "program.py:12", 0.26),
+            ("WARNING", "Echo of ('192.0.2.7', 40000) has held its hub for 0.3 s at program.py:12"),
         ),
         (
             PeerGone,

@@ -21,8 +21,7 @@ def run_suite(interpreter: Interpreter, wheel: Path, arguments: list[str]) -> bo
     environment = ROOT / ".venvs" / interpreter.name
     prepare = (ROOT / "tools" / "environment.py", environment, ROOT / "requirements" / "test.txt")
     subprocess.run([interpreter.executable, *prepare, wheel], check=True)
-    # -P: the current folder is no place to import portico from.
-    pytest = (environment / "bin" / "python", "-P", "-m", "pytest")
+    pytest = (environment / "bin" / "python", "-m", "pytest")
     return subprocess.run([*pytest, *arguments], cwd=ROOT, check=False).returncode == 0
 
 

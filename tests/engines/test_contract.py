@@ -264,6 +264,25 @@ def test_what_shutdown_request_raises_ends_the_worker(
             assert sorted(notes) == end[engine]
 
 
+@pytest.mark.parametrize("raised", [ValueError, Abort])
+@pytest.mark.parametrize("hook", ["get_request", "service_actions"])
+def test_what_the_loops_own_hooks_raise_ends_the_loop(
+    engine: str, hook: str, raised: type[BaseException]
+) -> None:
+    """Not an OSError of `get_request`, which is a peer's.  No request is under way then."""
+
+    class Failing(_Base):
+        """In front of an engine, like `Scene`."""
+
+    def fail(self: TCPServer) -> Any:
+        raise raised(hook)
+
+    setattr(Failing, hook, fail)
+    server: TCPServer = type("Server", (Failing, *MIX_INS[engine], TCPServer), {})(LOOPBACK, None)
+    with nothing_left_behind(), RunningServer(server, 0.01) as running, connect(server):
+        assert isinstance(running.wait_ended(), raised)
+
+
 # --- where a request runs ---------------------------------------------------------------
 
 

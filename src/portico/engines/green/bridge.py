@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import ctypes
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from math import inf
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, ParamSpec, Self, TypeVar
 
 from greenlet import getcurrent, greenlet
 
@@ -97,8 +96,8 @@ def timeout(seconds: float | None) -> Timeout:
 
     When the time is over, the block ends with `TimeoutError`.  In the green engine, at once,
     whatever it waits for.  In a thread, at once if it waits in one of the functions of this
-    module or computes; a system call under way, a read from a socket for example, is
-    noticed when it returns (a socket has `settimeout` for that).
+    module; a computation, or a system call such as a read from a socket, is not interrupted (a
+    socket has `settimeout` for that), and the error comes when the block ends.
 
     Args:
         seconds: How long; ``None`` for no limit.
@@ -227,9 +226,7 @@ class Timeout:
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
-        self._timer: TimerHandle | threading.Timer | None = None
-        self._lock = threading.Lock()  # guards _has_ended against the timer's thread
-        self._has_ended = False
+        self._timer: TimerHandle | None = None
         self._interrupts = False
         self._outer = inf
         self._deadline = inf
@@ -243,16 +240,7 @@ class Timeout:
             return self
         self._outer = _here.deadline
         self._deadline = time.monotonic() + self._seconds
-        self._timer = timer = threading.Timer(
-            self._seconds, self._interrupt_thread, (threading.get_ident(),)
-        )
-        timer.daemon = True
-        try:
-            _here.deadline = min(self._outer, self._deadline)
-            timer.start()
-        except Interruption:  # the time was over before the block began
-            self._end_in_thread()
-            raise TimeoutError("timed out") from None
+        _here.deadline = min(self._outer, self._deadline)
         return self
 
     def __exit__(
@@ -261,11 +249,12 @@ class Timeout:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._timer is None:
+        if self._seconds is None:
             return
-        self._timer.cancel()
-        if isinstance(self._timer, threading.Timer):
-            self._end_in_thread()
+        if self._timer is not None:
+            self._timer.cancel()
+        else:
+            _here.deadline = self._outer
         is_over = self._interrupts or time.monotonic() >= self._deadline
         if is_over and (error is None or isinstance(error, Interruption)):
             raise TimeoutError("timed out") from None
@@ -273,23 +262,6 @@ class Timeout:
     def _interrupt_greenlet(self, waiting: greenlet) -> None:
         self._interrupts = True
         waiting.throw(Interruption(self))
-
-    def _interrupt_thread(self, thread: int) -> None:
-        with self._lock:
-            if not self._has_ended:
-                self._interrupts = True
-                _raise_in(thread)
-
-    def _end_in_thread(self) -> None:
-        """Take the timer back, and an interruption that has not been raised yet."""
-        _here.deadline = self._outer
-        with self._lock:
-            self._has_ended = True
-        if self._interrupts:
-            try:
-                _raise_in(threading.get_ident(), None)
-            except Interruption:
-                pass
 
 
 class Interruption(BaseException):
@@ -330,14 +302,3 @@ def _sleep_here(seconds: float) -> None:
 def _remaining_here() -> float:
     """Return the seconds that the `timeout` around the caller leaves to a thread."""
     return min(max(0.0, _here.deadline - time.monotonic()), threading.TIMEOUT_MAX)
-
-
-def _raise_in(thread: int, error: type[BaseException] | None = Interruption) -> None:
-    """Raise an error in another thread, between two steps of its Python code.
-
-    ``None`` takes back what has not been raised yet.
-    """
-    target: Any = ctypes.c_ulong(thread)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        target, None if error is None else ctypes.py_object(error)
-    )
