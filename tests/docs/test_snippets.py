@@ -1,5 +1,6 @@
 """The programs that the documentation shows do what it says."""
 
+import hashlib
 import http.server
 import io
 import logging
@@ -90,6 +91,17 @@ def test_clock_is_the_same_program_before_and_after_porting(
     with run(name, "0") as server:
         assert isinstance(server, module.BaseServer)
         time.strptime(converse(server).decode(), "%H:%M:%S\n")
+
+
+def test_lookup(run: Run) -> None:
+    key = hashlib.scrypt(b"hello", salt=b"", n=2**14, r=8, p=1).hex().encode()
+    with run("lookup.py") as server:
+        assert converse(server, b"hello\nhello\n") == key + b"\n" + key + b"\n"
+
+
+def test_coroutine(run: Run) -> None:
+    with run("coroutine.py") as server:
+        assert converse(server, b"3\n") == b"3\n2\n1\n"
 
 
 def test_count(load: Load) -> None:

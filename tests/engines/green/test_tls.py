@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import select
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from portico.engines.green import tls
 from portico.engines.green.tls import GreenSSLSocket
 from tests.engines.green.conftest import Stage
 from tests.engines.green.test_sockets import drain, reset, take
-from tests.support import Call
+from tests.support import PATIENCE, Call
 
 SOON = 0.01
 
@@ -154,11 +155,21 @@ def test_large_messages_pass_in_both_directions_at_once(ends: Ends) -> None:
         return done[0][:1]
 
     def peer(wrapped: ssl.SSLSocket) -> bytes:
-        sending = threading.Thread(target=wrapped.sendall, args=(b"p" * size,))
-        sending.start()
-        data = take(wrapped, size)
-        sending.join()
-        return data[:1]
+        # In one thread: two may not use a TLS object of the standard library at once.
+        wrapped.setblocking(False)
+        unsent, received, first = memoryview(b"p" * size), 0, b""
+        while unsent or received < size:
+            with suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                data = wrapped.recv(65536)
+                assert data, "the stream ended too soon"
+                first, received = first or data[:1], received + len(data)
+            if unsent:
+                with suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    unsent = unsent[wrapped.send(unsent[:65536]) :]
+            if not wrapped.pending():
+                select.select([wrapped], [wrapped] if unsent else [], [], PATIENCE)
+        wrapped.setblocking(True)
+        return first
 
     assert ends.talk(ours, peer) == [b"p", b"o"]
 
