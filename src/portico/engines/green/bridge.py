@@ -7,6 +7,7 @@ its engine.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextvars
 import threading
@@ -105,13 +106,14 @@ def timeout(seconds: float | None) -> Timeout:
     return Timeout(seconds)
 
 
-class Spawned(Generic[_T]):
+class Spawned(abc.ABC, Generic[_T]):
     """A function that runs beside its caller."""
 
     def __init__(self) -> None:
         self._results: list[_T] = []
         self._error: BaseException | None = None
 
+    @abc.abstractmethod
     def join(self, timeout: float | None = None) -> bool:
         """Wait until it has ended.
 
@@ -121,7 +123,6 @@ class Spawned(Generic[_T]):
         Returns:
             Whether it has.
         """
-        raise NotImplementedError
 
     def result(self, timeout: float | None = None) -> _T:
         """Wait for what the function returned.
