@@ -250,6 +250,11 @@ class Acceptor:
     ) -> None:
         self.close()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether there may be another request without a wait; asked once before each wait."""
+        return False
+
     def close(self) -> None:
         """Stop watching.  The listener stays open."""
         self._selector.close()

@@ -156,10 +156,14 @@ class UDPServer(TCPServer):
         flags = (self.receive_flags,) if self.receive_flags else ()
         packet, client_address = self.socket.recvfrom(size + 1, *flags)
         if len(packet) > size:
-            packet = packet[:size]
-            if DatagramCut.subscribers:
-                emit(DatagramCut(self, client_address, size))
+            packet = self._cut(packet, client_address)
         return (packet, self.socket), client_address
+
+    def _cut(self, packet: bytes, client_address: ClientAddress) -> bytes:
+        """Return what is kept of a datagram that is too long."""
+        if DatagramCut.subscribers:
+            emit(DatagramCut(self, client_address, self.max_packet_size))
+        return packet[: self.max_packet_size]
 
     def shutdown_request(self, request: Request) -> None:
         """Do nothing: a datagram has no connection to shut down."""

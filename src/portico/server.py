@@ -84,7 +84,7 @@ class BaseServer:
     __loops: tuple[tuple[int, int], ...] = ()  # the process and the thread of each
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
-    __exhaustion: Exhaustion | None = None
+    _exhaustion: Exhaustion | None = None
 
     def __init__(
         self,
@@ -133,7 +133,9 @@ class BaseServer:
             self.__is_shut_down.clear()
             acceptor = self.__start()
             while acceptor is not None and not is_stopping():
-                ready = self.__wait(acceptor, self.__patience(acceptor, poll_interval))
+                ready = (self.__pause is None and acceptor.has_more) or self.__wait(
+                    acceptor, self.__patience(acceptor, poll_interval)
+                )
                 if is_stopping():
                     break  # a connection that came with it stays in the backlog
                 if ready:
@@ -237,7 +239,7 @@ class BaseServer:
             return
         started = time() if ConnectionClosed.subscribers else None
         try:
-            if self.__exhaustion is not None:
+            if self._exhaustion is not None:
                 self.__resume()
             if ConnectionAccepted.subscribers:
                 emit(ConnectionAccepted(self, client_address))
@@ -248,9 +250,9 @@ class BaseServer:
             else:
                 self.process_request(request, client_address)
         except Exception as error:
-            self.__fail(*_inline.leave(request, client_address), error, started)
+            self._fail(*_inline.leave(request, client_address), error, started)
         except BaseException as error:
-            self.__fail(*_inline.leave(request, client_address), error, started)
+            self._fail(*_inline.leave(request, client_address), error, started)
             raise
 
     def admit_request(self, request: Request, client_address: ClientAddress) -> bool:
@@ -305,13 +307,14 @@ class BaseServer:
                 request, client_address = self.prepare_request(request, client_address)
                 self.finish_request(request, client_address)
             except Exception as error:
-                self.__fail(request, client_address, error, started)
+                self._fail(request, client_address, error, started)
                 return False
             except BaseException as error:
-                self.__fail(request, client_address, error, started)
+                self._fail(request, client_address, error, started)
                 raise
         self.shutdown_request(request)
-        self.__tell_closed(client_address, CloseReason.FINISHED, started)
+        if started is not None:
+            self.__tell_closed(client_address, CloseReason.FINISHED, started)
         return True
 
     def prepare_request(
@@ -437,18 +440,18 @@ class BaseServer:
         """Decide how to go on after accepting failed."""
         match recovery(error):
             case Recovery.PAUSE:
-                if self.__exhaustion is None:
-                    self.__exhaustion = Exhaustion(time())
+                if self._exhaustion is None:
+                    self._exhaustion = Exhaustion(time())
                     if AcceptPaused.subscribers:
                         emit(AcceptPaused(self, error))
-                self.__pause = self.__exhaustion.next_pause(time())
+                self.__pause = self._exhaustion.next_pause(time())
             case Recovery.CHECK if self.__acceptors and not is_listening(self):
                 self.__lose_listener(error if is_open(self) else None)
             case _:
                 pass
 
     def __resume(self) -> None:
-        exhaustion, self.__exhaustion = self.__exhaustion, None
+        exhaustion, self._exhaustion = self._exhaustion, None
         if exhaustion is not None and AcceptResumed.subscribers:
             emit(AcceptResumed(self, time() - exhaustion.since))
 
@@ -464,7 +467,7 @@ class BaseServer:
         if ConnectionRefused.subscribers:
             emit(ConnectionRefused(self, client_address, reason))
 
-    def __fail(
+    def _fail(
         self,
         request: Request,
         client_address: ClientAddress,

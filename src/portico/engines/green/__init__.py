@@ -23,7 +23,8 @@ from portico.engines import serve
 from portico.engines.green import tls
 from portico.engines.green.acceptor import GreenAcceptor, prepare_listener
 from portico.engines.green.crew import Crew, Crews, Outcome, crew_here, here
-from portico.engines.green.sockets import GreenSocket, accept_from
+from portico.engines.green.plain import plain_path
+from portico.engines.green.sockets import GreenSocket, Lineage
 from portico.engines.green.watchdog import Watchdog
 from portico.server import BaseServer
 
@@ -143,8 +144,9 @@ class GreenMixIn(_Base):
         crew = here.get(get_ident())
         if crew is None or crew.server is not self:
             return super().get_request()
-        if crew.accepts_plainly and type(self.socket) is socket.socket:
-            taken = accept_from(self.socket)
+        lineage = crew.lineage
+        if lineage is not None and lineage.listener is self.socket:
+            taken = lineage.accept()
         else:
             taken = super().get_request()
         crew.took_request = True
@@ -180,13 +182,17 @@ class GreenMixIn(_Base):
         assert crew is not None, "a serving loop runs on a hub"
         green.watchdog.watch(green.crews)
         crew.drop_datagram_socket()  # a program may have exchanged the listener
-        crew.accepts_plainly = is_plain(getattr(super(), "get_request", None))
+        family_request = getattr(super(), "get_request", None)
+        crew.lineage = None
+        if is_plain(family_request) and type(self.socket) is socket.socket:
+            crew.lineage = Lineage(self.socket)
         crew.acceptor = acceptor = GreenAcceptor(
             self,
             crew,
             green.token,
             # A program's own get_request would see the one that finds nothing, which ends a batch.
             can_batch=prepare_listener(self) and is_own_get_request(self),
+            plain=plain_path(self, crew, HOOKS, family_request),
         )
         return acceptor
 
@@ -263,6 +269,13 @@ class GreenMixIn(_Base):
                 if green is None or green.process != os.getpid():
                     green = self._green = Green(self)
         return green
+
+
+HOOKS: Final = {
+    name: getattr(GreenMixIn, name)
+    for name in ("get_request", "process_request", "process_request_thread")
+}
+"""The hooks of the engine that are left out of the plain path."""
 
 
 def is_own_get_request(server: Any) -> bool:

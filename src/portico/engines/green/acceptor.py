@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from threading import Lock
 
     from portico.engines.green.crew import Crew
+    from portico.engines.green.plain import PlainPath
 
 ACCEPT_BATCH: Final = 64
 """Requests that are taken in a row before handlers have their turn.
@@ -50,13 +51,20 @@ class GreenAcceptor(Acceptor):
         crew: Where; its thread is the calling one.
         token: What whoever runs the hooks of the accept path holds; ``None`` if nobody else does.
         can_batch: Whether a `get_request` too many returns at once, and nobody minds it.
+        plain: What takes requests as long as no hook of the server is anybody else's.
 
     Raises:
         ValueError: The listener is closed.
     """
 
     def __init__(
-        self, server: Any, crew: Crew, token: Lock | None = None, *, can_batch: bool = False
+        self,
+        server: Any,
+        crew: Crew,
+        token: Lock | None = None,
+        *,
+        can_batch: bool = False,
+        plain: PlainPath | None = None,
     ) -> None:
         self.process = os.getpid()
         self.thread = get_ident()
@@ -69,7 +77,7 @@ class GreenAcceptor(Acceptor):
         self._holds_token = False
         self._waiting: greenlet | None = None
         self._is_ready = False
-        self._is_woken = False
+        self.is_woken = False
         self._is_always_ready = False
         self._watch: Watch | None = None
         self._fruitless = 0
@@ -78,7 +86,18 @@ class GreenAcceptor(Acceptor):
         if server.fileno() < 0:
             raise ValueError("the listener is closed")
         self._batch = ACCEPT_BATCH if can_batch else 0
+        self._plain = plain if can_batch else None
         self._listen()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the last request was taken from a batch that goes on; uses up one of it."""
+        crew = self._crew
+        if self._left_in_batch <= 0 or not crew.took_request or self.is_woken:
+            return False
+        crew.took_request = self._asked = False
+        self._left_in_batch -= 1
+        return True
 
     def close(self) -> None:
         """Stop watching.  The listener stays open."""
@@ -87,7 +106,7 @@ class GreenAcceptor(Acceptor):
 
     def wake(self) -> None:
         """End the wait.  Callable from any thread and from a signal handler."""
-        self._is_woken = True
+        self.is_woken = True
         self._hub.call_anywhere(self._ring)
 
     def wait(self, timeout: float | None) -> bool:
@@ -100,10 +119,6 @@ class GreenAcceptor(Acceptor):
         if crew.took_request:
             crew.took_request = False
             self._fruitless = 0
-            if self._left_in_batch > 0 and not self._is_woken:
-                self._left_in_batch -= 1
-                self._asked = False
-                return True
         elif self._asked:
             self._fruitless += 1
         self._asked = False
@@ -112,15 +127,18 @@ class GreenAcceptor(Acceptor):
             self._fruitless = 0
             self._park(FRUITLESS_PAUSE, is_listening=False)
         deadline = inf if timeout is None else monotonic() + timeout
-        while not self._is_woken:
+        while not self.is_woken:
             self._park(None if deadline == inf else max(0.0, deadline - monotonic()))
             if self._is_ready and self._take_token():
+                if self._plain is not None and self._plain.take(self, self._batch):
+                    self._release_token()
+                    continue
                 self._asked = True
                 self._left_in_batch = self._batch
                 return True
             if monotonic() >= deadline:
                 break
-        self._is_woken = False
+        self.is_woken = False
         return False
 
     def rest(self, pause: Pause, timeout: float | None) -> bool:
@@ -145,13 +163,13 @@ class GreenAcceptor(Acceptor):
         for descriptor in pause.descriptors:
             self._hub.add_reader(descriptor, end)
         try:
-            if not self._is_woken:
+            if not self.is_woken:
                 patience = min(remaining, inf if timeout is None else timeout)
                 self._park(None if patience == inf else patience, is_listening=False)
         finally:
             for descriptor in pause.descriptors:
                 self._hub.remove_reader(descriptor)
-        self._is_woken = False
+        self.is_woken = False
         return over or not pause.remaining(monotonic())
 
     def _park(self, seconds: float | None, *, is_listening: bool = True) -> None:
@@ -194,7 +212,7 @@ class GreenAcceptor(Acceptor):
         fd = self._server.fileno()
         if fd < 0:
             return
-        watch = Watch(fd, is_eager=True, timeout=None)
+        watch = Watch(fd, True, None)
         try:
             self._hub.listen(watch, self._on_readable)
         except PermissionError:  # a regular file, which poll(2) would call ready

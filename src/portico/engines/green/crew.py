@@ -12,7 +12,6 @@ import contextlib
 import os
 import select
 import socket
-import sys
 import threading
 from _thread import get_ident
 from collections import deque
@@ -24,7 +23,7 @@ from greenlet import GreenletExit, greenlet
 
 from portico.acceptor import Wakeup
 from portico.engines.green.hub import Hub
-from portico.engines.green.sockets import GreenSocket
+from portico.engines.green.sockets import DatagramListener, GreenSocket, Lineage
 
 if TYPE_CHECKING:
     from portico.connection import ClientAddress, Request
@@ -53,28 +52,41 @@ class Worker(greenlet):
         self.client_address: ClientAddress = None
         """Of the request under way."""
 
-    def run(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # greenlet's way
+    # Written out for speed, hence long.
+    def run(  # noqa: C901, PLR0912  # pyright: ignore[reportIncompatibleMethodOverride]  # its way
+        self,
+    ) -> None:
         """Serve requests until the crew has no use for another worker."""
         crew, hub = self.crew, self.crew.hub
         server, requests = crew.server, crew.requests
         while True:
             while requests:
-                request, self.client_address = requests.popleft()
+                request, self.client_address, is_plain = requests.popleft()
                 try:
-                    server.process_request_thread(request, self.client_address)
+                    if not is_plain:
+                        server.process_request_thread(request, self.client_address)
+                    else:  # what the hooks that nobody has touched would do, see `plain`
+                        try:
+                            server.RequestHandlerClass(request, self.client_address, server)
+                        except BaseException as error:
+                            server._fail(request, self.client_address, error, None)
+                            if not isinstance(error, Exception):
+                                raise
+                        else:
+                            if crew.closes_plainly:
+                                server.shutdown_request(request)
                 except GreenletExit:
                     raise
                 except BaseException as error:  # as in a thread: it ends this request only
                     report(error)
-                if hub.is_forked:  # the handler forked, and this is the child, which ends with it
-                    os._exit(0)
-                request = None
                 if hub.unsent:
                     hub.send_unsent()
                 if self.gr_context is not None:
                     self.gr_context = None  # the next request begins with a context of its own
                 crew.busy -= 1
-            self.client_address = None
+            if hub.is_forked:  # the handler forked, and this is the child, which ends with it
+                os._exit(0)
+            self.client_address = request = None
             if not crew.release(self):
                 return
             hub.greenlet.switch()
@@ -131,19 +143,21 @@ class Crew:
         self.hub = Hub()
         self.busy = 0
         """Requests that were taken and have not been served to their end."""
-        self.requests: deque[tuple[Request, ClientAddress]] = deque()
-        """Those that no worker has begun to serve."""
+        self.requests: deque[tuple[Request, ClientAddress, bool]] = deque()
+        """Those that no worker has begun to serve, and whether they are on the plain path."""
+        self.closes_plainly = True
+        """Whether what came on the plain path has to be closed: a datagram has not."""
         self.dispatcher = Dispatcher(self)
         self.idle: list[Worker] = []
         self.is_running = threading.Event()
         """Set when the thread has begun."""
         self.took_request = False
         """Set when the serving loop was given a request; the acceptor takes it back."""
-        self.accepts_plainly = False
-        """Whether connections may be accepted without the family's `get_request`."""
+        self.lineage: Lineage | None = None
+        """How to accept without the family's `get_request`; ``None`` if that has to be asked."""
         self.acceptor: Any = None
         """The `GreenAcceptor` of the loop that runs here."""
-        self.datagram_socket: GreenSocket | None = None
+        self.datagram_socket: DatagramListener | None = None
         self._on_end = on_end
         self._lingers = is_additional
         self._lock = threading.Lock()  # guards _coming, _is_over
@@ -231,14 +245,14 @@ class Crew:
 
         What the family or the program accepted as a plain socket is made green.
         """
-        kind: Any = cast("Any", type(request))
-        if kind is tuple:  # a datagram
-            if len(request) == 2 and request[1] is getattr(self.server, "socket", None):
-                request = request[0], self.datagram_socket or self._share(request[1])
-        elif kind is socket.socket:
-            request = GreenSocket(request.family, request.type, request.proto, request.detach())
-        self.requests.append((request, client_address))
+        if type(request) is not GreenSocket:
+            request = self._make_green(request)
+        self.requests.append((request, client_address, False))
         self.busy += 1
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Have a worker begin with the requests as soon as the acceptor lets others run."""
         if not self.dispatcher.is_scheduled:
             self.dispatcher.is_scheduled = True
             self.hub.poller.runnable.append(self.dispatcher)
@@ -252,12 +266,22 @@ class Crew:
         self.idle.append(worker)
         return True
 
-    def _share(self, listener: Any) -> GreenSocket:
+    def _make_green(self, request: Request) -> Request:
+        """Return a request whose socket waits by switching, if it has one that can."""
+        kind: Any = cast("Any", type(request))
+        if kind is tuple:  # a datagram
+            listener: Any = getattr(self.server, "socket", None)
+            if len(request) == 2 and request[1] is listener:
+                return request[0], self.share(listener)
+        elif kind is socket.socket:
+            return GreenSocket(request.family, request.type, request.proto, request.detach())
+        return request
+
+    def share(self, listener: socket.socket) -> DatagramListener:
         """Return a green socket on the listener's descriptor, which stays the listener's."""
-        shared = GreenSocket(listener.family, listener.type, listener.proto, listener.fileno())
-        shared.settimeout(listener.gettimeout())
-        shared.watch.credit = sys.maxsize  # many handlers share it, each for one operation
-        self.datagram_socket = shared
+        if self.datagram_socket is not None:
+            return self.datagram_socket
+        self.datagram_socket = shared = DatagramListener(listener)
         return shared
 
     def drop_datagram_socket(self) -> None:
@@ -446,8 +470,15 @@ def crew_here(server: object) -> Crew | None:
     return crew if crew is not None and crew.server is server else None
 
 
+def _after_fork() -> None:
+    """Leave to the parent, in a child that a handler forked, what others are to serve."""
+    for crew in here.values():
+        crew.requests.clear()
+    here.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=here.clear)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def report(error: BaseException) -> None:

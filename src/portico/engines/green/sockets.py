@@ -85,6 +85,7 @@ NONBLOCK_TYPE: Final = int(getattr(socket, "SOCK_NONBLOCK", 0))
 _Socket = _socket.socket
 # The methods of C, as functions: looked up once, not at every message.
 _accept: Callable[[_Socket], tuple[int, Address]] = getattr(_Socket, "_accept")  # noqa: B009
+_close = _Socket.close
 _connect_ex = _Socket.connect_ex
 _fileno = _Socket.fileno
 _recv = _Socket.recv
@@ -93,9 +94,12 @@ _recvfrom = _Socket.recvfrom
 _recvfrom_into = _Socket.recvfrom_into
 _send = _Socket.send
 _sendto: Callable[..., int] = _Socket.sendto
+_shutdown = _Socket.shutdown
 _get_family: Callable[[_Socket], int] = _Socket.family.__get__
 _get_type: Callable[[_Socket], int] = _Socket.type.__get__
 _get_proto: Callable[[_Socket], int] = _Socket.proto.__get__
+_init: Callable[..., None] = _Socket.__init__
+_make: Callable[[type[GreenSocket]], GreenSocket] = socket.socket.__new__
 
 
 class GreenSocket(socket.socket):
@@ -112,6 +116,10 @@ class GreenSocket(socket.socket):
     """
 
     __slots__ = ("coalesces", "outbox", "watch")
+
+    # What socket.socket keeps, by the names that it has used from the beginning.
+    _closed: bool
+    _io_refs: int
 
     watch: Watch
     coalesces: bool
@@ -134,8 +142,8 @@ class GreenSocket(socket.socket):
         self.outbox = None
         self.watch = Watch(
             _fileno(self) if fileno is None else fileno,
-            is_eager=type != STREAM or family not in TCP_FAMILIES or proto not in TCP_PROTOCOLS,
-            timeout=timeout,
+            not is_tcp(family, type, proto),
+            timeout,
         )
 
     # --- reading ----------------------------------------------------------------------------
@@ -307,7 +315,7 @@ class GreenSocket(socket.socket):
         watch.may_read = False
         if watch.timeout == 0:
             raise  # noqa: PLE0704  # the one being handled
-        if self._closed and not is_file:  # type: ignore[attr-defined]  # socket.socket's own
+        if self._closed and not is_file:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
     # --- writing ----------------------------------------------------------------------------
@@ -332,19 +340,10 @@ class GreenSocket(socket.socket):
             self._send_rest(data, sent, flags)
 
     def sendto(self, data: ReadableBuffer, *flags_and_address: Any) -> int:
-        flags = NOW
         address: Any = flags_and_address[-1]
-        if len(flags_and_address) > 1:
-            flags |= flags_and_address[0]
-        if type(address) is not str and may_be_name(address):
-            address = self._resolve(address)
-        watch = self.watch
-        watch.credit -= 1
-        if watch.credit > 0 and self.outbox is None:
-            try:
-                return _sendto(self, data, flags, address)
-            except BlockingIOError:
-                pass
+        flags = NOW | flags_and_address[0] if len(flags_and_address) > 1 else NOW
+        if isinstance(address, tuple):
+            address = self._resolve(cast("Any", address))
         return self._write(_sendto, data, flags, address)
 
     if hasattr(_Socket, "sendmsg"):
@@ -464,16 +463,9 @@ class GreenSocket(socket.socket):
                 file.seek(offset + sent)
         return sent
 
-    def _send_now(self, data: bytes) -> int:
-        """Send what the system takes at once; return how much that is.
-
-        Raises:
-            OSError: As `send`, but never `BlockingIOError`.
-        """
-        try:
-            return _send(self, data, NOW)
-        except BlockingIOError:
-            return 0
+    def _get_send_now(self) -> Callable[[bytes, int], int]:
+        """Return what sends some bytes at once, or raises `BlockingIOError`."""
+        return cast("Callable[[bytes, int], int]", _send.__get__(self))
 
     def make_writer(self) -> _SocketWriter:
         """Return the `wfile` for a `StreamRequestHandler` that has no buffer of its own."""
@@ -497,8 +489,7 @@ class GreenSocket(socket.socket):
         if fd < 0:
             fd, address = self._read(_accept)
         watch.may_read = True
-        family, kind, proto = _get_family(self), _get_type(self), _get_proto(self)
-        return GreenSocket(family, kind, proto, fd), address
+        return Lineage(self).adopt(fd), address
 
     def connect(self, address: Address, /) -> None:
         status = self._connect(address)
@@ -554,7 +545,7 @@ class GreenSocket(socket.socket):
         if (
             not isinstance(host, str)
             or not host
-            or host[-1].isdigit()
+            or host.rpartition(".")[2].isdigit()  # no name ends so (RFC 3696, section 2)
             or ":" in host
             or host[0] == "<"  # <broadcast> is an address
             or _get_family(self) not in TCP_FAMILIES
@@ -599,7 +590,7 @@ class GreenSocket(socket.socket):
     def shutdown(self, how: int, /) -> None:
         if self.outbox is not None:
             self.outbox.send_collected()
-        super().shutdown(how)
+        _shutdown(self, how)
 
     def detach(self) -> int:
         if self.outbox is not None:
@@ -610,13 +601,15 @@ class GreenSocket(socket.socket):
     def close(self) -> None:
         if self.outbox is not None:
             self.outbox.send_collected()
-        super().close()
-        if _fileno(self) >= 0:  # a file over it is open still, and closes it at its end
-            self.watch.nudge()
+        self._closed = True
+        if self._io_refs > 0:
+            self.watch.nudge()  # a file over it is open still, and closes it at its end
+        else:
+            self._real_close()
 
     def _real_close(self, _ss: type[_Socket] = _Socket) -> None:
         self.watch.drop(is_closing=True)
-        _ss.close(self)
+        _close(self)
 
     def makefile(
         self,
@@ -632,7 +625,7 @@ class GreenSocket(socket.socket):
         is_writing = "w" in mode
         is_reading = "r" in mode or not is_writing
         raw = self._make_raw(("r" if is_reading else "") + ("w" if is_writing else ""))
-        self._io_refs += 1  # type: ignore[attr-defined]  # SocketIO.close takes it back
+        self._io_refs += 1  # SocketIO.close takes it back
         size = READ_BUFFER if buffering is None or buffering < 0 else buffering
         if size == 0:
             if "b" not in mode:
@@ -654,6 +647,36 @@ class GreenSocket(socket.socket):
     def _make_raw(self, mode: str) -> socket.SocketIO:
         """Return the unbuffered file for `makefile`."""
         return GreenSocketIO(self, cast("Any", mode))
+
+
+class DatagramListener(GreenSocket):
+    """The listener of a datagram server, as its handlers get it.
+
+    Many of them share it, each for one operation, so none gives way to the others.  Its descriptor
+    is the listener's and stays that.
+
+    Args:
+        listener: The listener.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(
+            _get_family(listener), _get_type(listener), _get_proto(listener), _fileno(listener)
+        )
+        self.settimeout(listener.gettimeout())
+        self.watch.credit = sys.maxsize
+
+    def sendto(self, data: ReadableBuffer, *flags_and_address: Any) -> int:
+        # The reply to a datagram, written out for speed: no flags, and no name to be looked up.
+        try:
+            address = flags_and_address[0]
+            if address[0][-1:] < ":":  # as digits are; the rest is looked at more closely
+                return _sendto(self, data, NOW, address)
+        except (BlockingIOError, TypeError, IndexError):  # to wait, or no address: as ever
+            pass
+        return super().sendto(data, *flags_and_address)
 
 
 class GreenSocketIO(socket.SocketIO):
@@ -712,10 +735,11 @@ class Outbox:
     `send_now`, so taking from it is under the hub's lock `sending`.
     """
 
-    __slots__ = ("_error", "_hub", "_sock", "chunks", "is_listed", "size")
+    __slots__ = ("_error", "_hub", "_send_now", "_sock", "chunks", "is_listed", "size")
 
     def __init__(self, sock: GreenSocket) -> None:
         self._sock = sock
+        self._send_now = sock._get_send_now()
         self._hub: Hub | None = None
         self._error: OSError | None = None
         self.chunks: list[bytes] = []
@@ -752,14 +776,17 @@ class Outbox:
         """
         if not self.chunks or self._hub is None:
             return
-        sock, chunks = self._sock, self.chunks
+        chunks = self.chunks
         with self._hub.sending:
             data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             chunks.clear()
             self.size = 0
-            sent = sock._send_now(data)
+            try:
+                sent = self._send_now(data, NOW)
+            except BlockingIOError:
+                sent = 0
         if sent != len(data):
-            sock._send_rest(data, sent, 0)
+            self._sock._send_rest(data, sent, 0)
 
     def flush(self) -> None:
         """Send everything, and tell of an earlier failure.
@@ -783,10 +810,14 @@ class Outbox:
 
     def send_now(self) -> None:
         """Send what the system takes at once; from the watchdog's thread, under its lock."""
-        data = b"".join(self.chunks)
-        del self.chunks[:]
+        # As many as there are now: the greenlet may be adding to them at this moment.
+        count = len(self.chunks)
+        data = b"".join(self.chunks[:count])
+        del self.chunks[:count]
         try:
-            sent = self._sock._send_now(data)
+            sent = self._send_now(data, NOW)
+        except BlockingIOError:
+            sent = 0
         except OSError as error:
             self._error = error
             return
@@ -832,24 +863,48 @@ class GreenWriter(_SocketWriter):
             self._outbox.flush()
 
 
-def accept_from(listener: socket.socket) -> tuple[GreenSocket, Address]:
-    """Accept a connection as a green socket, without the detour over a plain one.
+class Lineage:
+    """What the connections of one listener have in common.
 
-    Raises:
-        OSError: As accept(2).
+    Args:
+        listener: A socket that connections are accepted from.
     """
-    fd, address = _accept(listener)
-    family, kind, proto = _get_family(listener), _get_type(listener), _get_proto(listener)
-    return GreenSocket(family, kind, proto, fd), address
+
+    __slots__ = ("_family", "_is_eager", "_proto", "_type", "listener")
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self._family, self._type = _get_family(listener), _get_type(listener)
+        self._proto = _get_proto(listener)
+        self._is_eager = not is_tcp(self._family, self._type, self._proto)
+
+    def accept(self) -> tuple[GreenSocket, Address]:
+        """Accept a connection as a green socket, without the detour over a plain one.
+
+        Raises:
+            OSError: As accept(2).
+        """
+        fd, address = _accept(self.listener)
+        return self.adopt(fd), address
+
+    def adopt(self, fd: int) -> GreenSocket:
+        """Make a green socket of a connection's descriptor, without the questions of `__init__`."""
+        sock = _make(GreenSocket)
+        _init(sock, self._family, self._type, self._proto, fd)
+        sock._io_refs = 0
+        sock._closed = False
+        sock.coalesces = True
+        sock.outbox = None
+        timeout = socket.getdefaulttimeout()
+        if timeout is not None or not NOW:
+            _Socket.setblocking(sock, bool(NOW))
+        sock.watch = Watch(fd, self._is_eager, timeout)
+        return sock
 
 
-def may_be_name(address: Address) -> bool:
-    """Say whether an address may contain a host name; a number ends in a digit, usually."""
-    try:
-        host: Any = address[0]
-        return not host[-1:].isdigit()
-    except TypeError:  # a path, in bytes, or what the call itself will refuse
-        return False
+def is_tcp(family: int, kind: int, proto: int) -> bool:
+    """Say whether a short read from such a socket tells that it is empty."""
+    return kind == STREAM and family in TCP_FAMILIES and proto in TCP_PROTOCOLS
 
 
 def pause_before_retry(pause: float, deadline: float) -> float:

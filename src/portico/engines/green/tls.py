@@ -54,10 +54,13 @@ class GreenSSLSocket(ssl.SSLSocket, GreenSocket):  # type: ignore[misc]  # loose
     def _make_raw(self, mode: str) -> socket.SocketIO:
         return socket.SocketIO(self, cast("Any", mode))
 
-    def _send_now(self, data: bytes) -> int:
+    def _get_send_now(self) -> Callable[[bytes, int], int]:
+        return self._write_now
+
+    def _write_now(self, data: bytes, flags: int) -> int:
         session = self._sslobj
-        if session is None:
-            return super()._send_now(data)
+        if session is None:  # TLS has ended, the connection has not
+            return _socket.socket.send(self, data, flags)
         return session.write_now(data)
 
     def _send_rest(self, data: ReadableBuffer, sent: int, flags: int) -> None:

@@ -68,7 +68,7 @@ class Watch:
         "writer",
     )
 
-    def __init__(self, fd: int, *, is_eager: bool, timeout: float | None) -> None:
+    def __init__(self, fd: int, is_eager: bool, timeout: float | None) -> None:
         self.fd = fd
         self.hub: Any = None
         # The `Hub` that watches the descriptor; ``None`` before the first wait.

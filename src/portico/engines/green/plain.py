@@ -1,0 +1,161 @@
+"""Take and serve requests whose path no program has changed, without a call for each hook.
+
+The hooks on the path of a request are looked up anew for every request, because programs override
+them, and exchange them while they run.  Those that nobody has touched do little or nothing, and
+calling them would be most of what a datagram costs.  So the acceptor asks once for each batch
+whether all of them are portico's own, and nobody listens to the events between them.  If so, this
+module does for the whole batch what they would do; if not, or as soon as anything but a request
+comes, the serving loop and its step do their work as ever.
+
+Owns the list of hooks that are left out.  Whoever changes what one of them does changes it here.
+"""
+
+from __future__ import annotations
+
+import socket
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
+
+from portico.engines.green.sockets import NOW, Lineage
+from portico.events import ConnectionAccepted, ConnectionClosed
+from portico.families import TCPServer, UDPServer
+from portico.server import BaseServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from portico.engines.green.acceptor import GreenAcceptor
+    from portico.engines.green.crew import Crew
+
+OF_EVERY_SERVER: Final = {
+    name: getattr(BaseServer, name)
+    for name in (
+        "_handle_request_noblock",
+        "admit_request",
+        "verify_request",
+        "serve_request",
+        "prepare_request",
+        "finish_request",
+        "service_actions",
+    )
+}
+"""The hooks that are left out of the path of a connection, beside those of the engine."""
+
+OF_DATAGRAMS: Final = {
+    "shutdown_request": UDPServer.shutdown_request,
+    "close_request": UDPServer.close_request,
+}
+"""Those that are left out of the path of a datagram as well, because they do nothing."""
+
+
+class PlainPath:
+    """The path of the requests of one server, on one hub.
+
+    Args:
+        server: Whose.
+        crew: Where they are served.
+        own: The hooks of the engine itself, by name.
+        family_request: The `get_request` of the family below the engine.
+    """
+
+    def __init__(
+        self,
+        server: Any,
+        crew: Crew,
+        own: dict[str, Callable[..., object]],
+        family_request: object,
+    ) -> None:
+        self._server = server
+        self._kind: type[Any] = type(server)
+        self._crew = crew
+        self._listener = server.socket
+        is_datagram = family_request is UDPServer.get_request
+        hooks = OF_EVERY_SERVER | own | (OF_DATAGRAMS if is_datagram else {})
+        self._names = hooks.keys()
+        self._find = attrgetter(*hooks)
+        self._expected = tuple(hooks.values())
+        self._take = self._take_datagrams if is_datagram else self._take_connections
+        crew.closes_plainly = not is_datagram
+
+    def take(self, acceptor: GreenAcceptor, most: int) -> bool:
+        """Take what is waiting, and have it served; return whether that was anything.
+
+        Args:
+            acceptor: Who asks; a `wake` of it ends the batch.
+            most: How many requests to take at the most.
+        """
+        return self._is_plain() and self._take(acceptor, most)
+
+    def _is_plain(self) -> bool:
+        """Say whether everything that is left out would do what it does here."""
+        server: BaseServer = self._server
+        return (
+            self._find(self._kind) == self._expected
+            and self._names.isdisjoint(vars(server))
+            and server.socket is self._listener
+            and self._server.coalesce_writes
+            and server._exhaustion is None
+            and not ConnectionAccepted.subscribers
+            and not ConnectionClosed.subscribers
+        )
+
+    def _take_connections(self, acceptor: GreenAcceptor, most: int) -> bool:
+        """Accept connections."""
+        lineage = self._crew.lineage
+        assert lineage is not None
+        accept, requests = lineage.accept, self._crew.requests
+        before = len(requests)
+        try:
+            for _ in range(most):
+                request, client_address = accept()
+                requests.append((request, client_address, True))
+                if acceptor.is_woken:
+                    break
+        except OSError:  # most often that there are no more; what it was, the next step will tell
+            pass
+        return self._schedule(len(requests) - before)
+
+    def _take_datagrams(self, acceptor: GreenAcceptor, most: int) -> bool:
+        """Receive datagrams."""
+        crew, server = self._crew, self._server
+        requests, size = crew.requests, server.max_packet_size
+        room = size + 1  # tells a datagram that just fits from one that was cut
+        shared = crew.share(self._listener)
+        receive, flags = self._listener.recvfrom, NOW
+        before = len(requests)
+        try:
+            for _ in range(most):
+                packet, client_address = receive(room, flags)
+                if len(packet) > size:
+                    packet = server._cut(packet, client_address)
+                requests.append(((packet, shared), client_address, True))
+                if acceptor.is_woken:
+                    break
+        except OSError:  # as above
+            pass
+        return self._schedule(len(requests) - before)
+
+    def _schedule(self, count: int) -> bool:
+        """Have the requests served that were taken; return whether there are any."""
+        if count:
+            self._crew.busy += count
+            self._crew.schedule()
+        return count > 0
+
+
+def plain_path(
+    server: Any,
+    crew: Crew,
+    own: dict[str, Callable[..., object]],
+    family_request: Any,
+) -> PlainPath | None:
+    """Return the plain path of a server; ``None`` if its kind has none."""
+    function = getattr(family_request, "__func__", None)
+    listener = getattr(server, "socket", None)
+    if not isinstance(server, BaseServer) or type(listener) is not socket.socket:
+        return None
+    if function is TCPServer.get_request and isinstance(crew.lineage, Lineage):
+        return PlainPath(server, crew, own, function)
+    if function is UDPServer.get_request and NOW:
+        return PlainPath(server, crew, own, function)
+    return None
