@@ -19,8 +19,8 @@ SOURCES = Path(__file__).resolve().parent.parent / "src"
 LAYERS = (
     ("portico.errors",),
     ("portico.address", "portico.events", "portico.holders"),
-    ("portico.listener", "portico.logs"),
-    ("portico.acceptor", "portico.connection"),
+    ("portico.deadlines", "portico.lifecycle", "portico.listener", "portico.logs"),
+    ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
     ("portico.server",),
     ("portico.families", "portico.handlers"),
     ("portico.engines",),
