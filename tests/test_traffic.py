@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ctypes
 import select
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -139,6 +141,28 @@ def test_probing_a_peer_that_does_not_read_moves_no_byte(tcp: Pair) -> None:
     eventually(lambda: (idle_seconds(ours) or 0.0) > 0.9, "nor does the next one count")
     after = look(ours)
     assert (before.acknowledged, before.unsent) == (after.acknowledged, after.unsent)
+
+
+def make_vanish(sock: socket.socket) -> None:
+    """Let the kernel drop whatever comes for `sock`, as if its host were gone."""
+    nothing = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)  # BPF: return 0
+    program = struct.pack("@HP", 1, ctypes.addressof(nothing))
+    attach_filter = 26  # SO_ATTACH_FILTER, socket(7)
+    sock.setsockopt(socket.SOL_SOCKET, attach_filter, program)
+
+
+def test_bytes_that_are_sent_again_move_the_instant_but_are_counted_once(tcp: Pair) -> None:
+    """So an instant alone would call a connection alive whose peer vanished."""
+    ours, theirs = tcp
+    make_vanish(theirs)
+    began = time.monotonic()
+    ours.sendall(b"is anybody there?")
+    eventually(lambda: (look(ours).retransmissions or 0) >= 2, "it was sent again")
+    seen = look(ours)
+    assert seen.since_sent is not None
+    # The first attempt and the second are 0.2 s apart or more (RFC 6298 has 1 s).
+    assert seen.since_sent < time.monotonic() - began - 0.1
+    assert (seen.sent, seen.acknowledged, seen.unsent) == (17, 0, 17)
 
 
 def test_the_instants_are_those_of_the_last_byte(tcp: Pair) -> None:

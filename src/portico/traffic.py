@@ -31,6 +31,9 @@ UNREAD: Final = termios.FIONREAD
 UNSENT: Final[int | None] = getattr(termios, "TIOCOUTQ", None) if IS_LINUX else None
 """SIOCOUTQ by the name that Python knows; ``None`` where it is for terminals alone."""
 
+NUMBER: Final = Struct("=i")
+"""What an ioctl of these tells."""
+
 TIMES: Final = Struct("=44x I 4x I")
 """tcpi_last_data_sent, tcpi_last_data_recv."""
 RECEIVED: Final = Struct("=128x Q")
@@ -230,9 +233,10 @@ def _tcp_info(sock: Any, size: int) -> bytes:
 
 def _ask(fd: int, request: int) -> int | None:
     """Return the number that an ioctl tells; ``None`` if this socket has no answer."""
-    answer = bytearray(4)  # of its own: threads look at the same time
+    answer = bytearray(NUMBER.size)  # of its own: threads look at the same time
     try:
         fcntl.ioctl(fd, request, answer)
     except OSError:
         return None
-    return int.from_bytes(answer, sys.byteorder)
+    number: int = NUMBER.unpack(answer)[0]
+    return number
