@@ -153,6 +153,15 @@ def test_a_peer_that_vanished_is_idle_though_bytes_are_sent_again() -> None:
     assert watched.look(99.1, came=5.0, left=98.0, waits=False, **lost) is Deadline.IDLE
 
 
+def test_an_answer_after_a_long_silence_moves_before_it_is_acknowledged() -> None:
+    """It is on its way: nothing was waiting for an acknowledgement before."""
+    watched = Watched(idle_timeout=80.0)
+    assert watched.look(70.0, came=5.0, left=6.0) is None
+    on_its_way = {"sent": 30, "acknowledged": 20, "unsent": 10}
+    assert watched.look(86.1, came=5.0, left=86.0, waits=False, **on_its_way) is None
+    assert watched.look(100.0, came=5.0, left=86.0, sent=30) is None
+
+
 def test_a_peer_that_reads_slowly_is_not_idle() -> None:
     """Each acknowledgement makes room for more."""
     watched = Watched(idle_timeout=80.0)

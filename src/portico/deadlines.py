@@ -186,7 +186,7 @@ class Deadlines:
                 moved = max(moved, now - traffic.since_sent + TICK)
         elif before is not None and traffic.sent != before.sent:
             moved = now
-        memory.moved = min(moved, now)
+        memory.moved = moved
 
     def _note_turn(
         self, memory: Memory, now: float, traffic: Traffic, waits_to_read: bool | None
@@ -199,7 +199,6 @@ class Deadlines:
             return
         if memory.waited is None:
             memory.waited, memory.gained = -self.rules.rate_grace, 0
-            was_turn = False
         memory.was_turn = bool(waits_to_read) and not traffic.unread
         if before is not None and before.received is not None and memory.waited >= 0:
             memory.gained += traffic.received - before.received

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Final
 
 from portico.errors import PhaseError
@@ -93,10 +93,8 @@ class DrainTally:
 
     def __init__(self, now: float) -> None:
         self._began = now
-        self._open: dict[Hashable, float] = {}
-        self._idle: set[Hashable] = set()  # of the open ones, those that were given end-of-file
-        self._forced: set[Hashable] = set()  # of the open ones, those that were closed
-        self._finished = self._idle_ended = self._forced_ended = 0
+        self._open: dict[Hashable, tuple[float, _Fate]] = {}  # when accepted, and what it awaits
+        self._ended = dict.fromkeys(_Fate, 0)
         self._longest: float | None = None
 
     @property
@@ -111,35 +109,26 @@ class DrainTally:
             connection: Its name.
             accepted: The instant at which it was accepted.
         """
-        self._open.setdefault(connection, accepted)
+        self._open.setdefault(connection, (accepted, _Fate.FINISHED))
 
     def mark_idle(self, connection: Hashable) -> None:
         """Note that it is given end-of-file because it is idle.
 
         To be called before it is given, so that no end is counted wrongly.
         """
-        if connection in self._open:
-            self._idle.add(connection)
+        self._mark(connection, _Fate.IDLE)
 
     def mark_forced(self, connection: Hashable) -> None:
         """Note that it is closed at the deadline.  To be called before it is."""
-        if connection in self._open:
-            self._forced.add(connection)
+        self._mark(connection, _Fate.FORCED)
 
     def end(self, connection: Hashable, now: float) -> None:
         """Count the end of a connection's handler."""
-        accepted = self._open.pop(connection, None)
-        if accepted is None:
+        if connection not in self._open:
             return
-        is_idle, is_forced = connection in self._idle, connection in self._forced
-        self._idle.discard(connection)
-        self._forced.discard(connection)
-        if is_forced:
-            self._forced_ended += 1
-        elif is_idle:
-            self._idle_ended += 1
-        else:
-            self._finished += 1
+        accepted, fate = self._open.pop(connection)
+        self._ended[fate] += 1
+        if fate is _Fate.FINISHED:
             self._longest = max(self._longest or 0.0, now - accepted)
 
     def report(self, now: float) -> DrainReport:
@@ -147,12 +136,25 @@ class DrainTally:
 
         What is open still counts as forced: whoever asks for the report waits for it no longer.
         """
-        forced = self._forced_ended + len(self._open)
         return DrainReport(
-            connections=self._finished + self._idle_ended + forced,
-            finished=self._finished,
-            idle=self._idle_ended,
-            forced=forced,
+            connections=sum(self._ended.values()) + len(self._open),
+            finished=self._ended[_Fate.FINISHED],
+            idle=self._ended[_Fate.IDLE],
+            forced=self._ended[_Fate.FORCED] + len(self._open),
             seconds=now - self._began,
             longest=self._longest,
         )
+
+    def _mark(self, connection: Hashable, fate: _Fate) -> None:
+        if connection in self._open:
+            accepted, so_far = self._open[connection]
+            # What was closed is not idle any more, in whatever order it was noted.
+            self._open[connection] = accepted, max(so_far, fate)
+
+
+class _Fate(IntEnum):
+    """How a connection counts when it ends; the stronger one stays."""
+
+    FINISHED = 0
+    IDLE = 1
+    FORCED = 2

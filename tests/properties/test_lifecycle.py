@@ -80,23 +80,30 @@ STEPS = st.lists(
 def test_a_report_adds_up_whatever_happened_in_whatever_order(
     steps: list[tuple[str, int, float]],
 ) -> None:
+    """Each connection counts by the strongest thing that was done to it while it was open."""
     tally, now, began = DrainTally(100.0), 100.0, 100.0
-    added = 0
-    open_now: set[int] = set()
+    alive: dict[int, tuple[float, str]] = {}
+    ends: list[str] = []
+    lives: list[float] = []
     for step, name, wait in steps:
         now += wait
+        accepted, fate = alive.get(name, (now - 50, "finished"))
         if step == "add":
-            added += name not in open_now
-            open_now.add(name)
             tally.add(name, now - 50)
+            alive[name] = accepted, fate
         elif step == "end":
-            open_now.discard(name)
             tally.end(name, now)
+            if alive.pop(name, None):
+                ends.append(fate)
+                lives += [now - accepted] if fate == "finished" else []
         else:
             getattr(tally, step)(name)
-        assert tally.open == len(open_now)
+            if name in alive and fate != "forced":
+                alive[name] = accepted, step.removeprefix("mark_")
+        assert tally.open == len(alive)
     report = tally.report(now)
-    assert report.finished + report.idle + report.forced == report.connections == added
+    assert report.finished + report.idle + report.forced == report.connections
+    assert report.connections == len(ends) + len(alive)
+    assert (report.finished, report.idle) == (ends.count("finished"), ends.count("idle"))
+    assert report.longest == max(lives, default=None)
     assert report.seconds == now - began
-    assert (report.longest is None) == (report.finished == 0)
-    assert min(report.finished, report.idle, report.forced) >= 0
