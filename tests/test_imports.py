@@ -118,6 +118,13 @@ def test_no_module_imports_the_standard_librarys_socketserver(module: str) -> No
     assert "socketserver" not in {name.partition(".")[0] for name in imports_of(module)}
 
 
+@pytest.mark.parametrize("module", ["portico.deadlines", "portico.lifecycle"])
+def test_what_decides_imports_no_socket_thread_or_clock(module: str) -> None:
+    """Facts and instants are its arguments, so that its tests are literals."""
+    doing = {"_socket", "asyncio", "os", "select", "socket", "threading", "time"}
+    assert doing & {name.partition(".")[0] for name in imports_of(module)} == set()
+
+
 def test_importing_portico_does_not_load_socketserver() -> None:
     program = "import sys, portico; sys.exit('socketserver' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
