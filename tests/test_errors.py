@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from portico.errors import AddressError, ListenerError, PorticoError, SettingError
+from portico.errors import AddressError, ListenerError, PhaseError, PorticoError, SettingError
 
 SETTING = SettingError("max_connections", 0, "1 or more, or None for no limit")
 ADDRESS = AddressError("http://localhost", "a scheme of tcp, udp or unix")
 LISTENER = ListenerError(errno.EINVAL, "it does not listen")
+PHASE = PhaseError("created", "draining", "serving or stopped")
 
 
 def test_a_setting_error_says_what_would_be_right() -> None:
@@ -34,12 +35,22 @@ def test_an_address_error_carries_its_values() -> None:
     )
 
 
+def test_a_phase_error_says_what_would_be_right() -> None:
+    assert str(PHASE) == "phase='created': expected serving or stopped, to become 'draining'"
+
+
+def test_a_phase_error_carries_its_values() -> None:
+    assert (PHASE.phase, PHASE.wanted) == ("created", "draining")
+    assert PHASE.expected == "serving or stopped"
+
+
 def test_a_listener_error_keeps_the_number_of_the_error() -> None:
     assert LISTENER.errno == errno.EINVAL
 
 
 @pytest.mark.parametrize(
-    ("error", "built_in"), [(SETTING, ValueError), (ADDRESS, ValueError), (LISTENER, OSError)]
+    ("error", "built_in"),
+    [(SETTING, ValueError), (ADDRESS, ValueError), (LISTENER, OSError), (PHASE, RuntimeError)],
 )
 def test_an_error_is_ours_and_what_a_program_catches_already(
     error: PorticoError, built_in: type[Exception]
@@ -55,7 +66,9 @@ def pickled(error: PorticoError) -> PorticoError:
 
 
 @pytest.mark.parametrize(
-    "error", [SETTING, ADDRESS, LISTENER], ids=["setting", "address", "listener"]
+    "error",
+    [SETTING, ADDRESS, LISTENER, PHASE],
+    ids=["setting", "address", "listener", "phase"],
 )
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deep", "pickle"]

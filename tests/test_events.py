@@ -28,6 +28,7 @@ from portico.events import (
     ConnectionClosed,
     ConnectionRefused,
     DatagramCut,
+    Deadline,
     Event,
     HandlerFailed,
     ListenerBound,
@@ -784,4 +785,10 @@ def test_reasons_read_as_words() -> None:
         "failed",
         "peer gone",
         "interrupted",
+    ]
+    assert [str(deadline) for deadline in Deadline] == [
+        "handshake timeout",
+        "idle timeout",
+        "request timeout",
+        "minimum rate",
     ]

@@ -94,6 +94,7 @@ def test_the_public_names_of_portico_are_these() -> None:
             "GreenUnixDatagramServer",
             "GreenUnixStreamServer",
             "ListenerError",
+            "PhaseError",
             "PorticoError",
             "SettingError",
             "await_",

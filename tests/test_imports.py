@@ -19,8 +19,8 @@ SOURCES = Path(__file__).resolve().parent.parent / "src"
 LAYERS = (
     ("portico.errors",),
     ("portico.address", "portico.events", "portico.holders"),
-    ("portico.listener", "portico.logs"),
-    ("portico.acceptor", "portico.connection"),
+    ("portico.deadlines", "portico.lifecycle", "portico.listener", "portico.logs"),
+    ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
     ("portico.server",),
     ("portico.families", "portico.handlers"),
     ("portico.engines",),
@@ -116,6 +116,13 @@ def test_every_place_in_the_order_is_taken() -> None:
 def test_no_module_imports_the_standard_librarys_socketserver(module: str) -> None:
     """Portico is an implementation of its own, so nothing of it may come from there."""
     assert "socketserver" not in {name.partition(".")[0] for name in imports_of(module)}
+
+
+@pytest.mark.parametrize("module", ["portico.deadlines", "portico.lifecycle"])
+def test_what_decides_imports_no_socket_thread_or_clock(module: str) -> None:
+    """Facts and instants are its arguments, so that its tests are literals."""
+    doing = {"_socket", "asyncio", "os", "select", "socket", "threading", "time"}
+    assert doing & {name.partition(".")[0] for name in imports_of(module)} == set()
 
 
 def test_importing_portico_does_not_load_socketserver() -> None:

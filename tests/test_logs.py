@@ -16,6 +16,8 @@ from portico.events import (
     ConnectionClosed,
     ConnectionRefused,
     DatagramCut,
+    Deadline,
+    DeadlineExpired,
     Event,
     HandlerFailed,
     HandlerStalled,
@@ -125,6 +127,11 @@ def server() -> Iterator[TCPServer]:
             PeerGone,
             (PEER, BrokenPipeError(errno.EPIPE, "Broken pipe")),
             ("DEBUG", "('192.0.2.7', 40000) went away: BrokenPipeError(32, 'Broken pipe')"),
+        ),
+        (
+            DeadlineExpired,
+            (PEER, Deadline.IDLE, 300.04),
+            ("INFO", "shut ('192.0.2.7', 40000) down after 300.0 s: idle timeout"),
         ),
         (
             AcceptPaused,

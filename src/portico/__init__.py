@@ -49,7 +49,7 @@ from portico.combinations import (
 from portico.engines import forks, threads
 from portico.engines.forks import ForkingMixIn
 from portico.engines.threads import ThreadingMixIn, _NoThreads, _Threads
-from portico.errors import AddressError, ListenerError, PorticoError, SettingError
+from portico.errors import AddressError, ListenerError, PhaseError, PorticoError, SettingError
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from portico.handlers import (
     BaseRequestHandler,
@@ -93,6 +93,7 @@ __all__ = [
     "GreenUnixDatagramServer",
     "GreenUnixStreamServer",
     "ListenerError",
+    "PhaseError",
     "PorticoError",
     "SettingError",
     "StreamRequestHandler",

@@ -53,3 +53,24 @@ class AddressError(PorticoError, ValueError):
 
 class ListenerError(PorticoError, OSError):
     """A listener cannot do its work, for a reason that waiting does not mend."""
+
+
+class PhaseError(PorticoError, RuntimeError):
+    """A server cannot do this in the phase of its life that it is in.
+
+    Attributes:
+        phase: The phase that it is in.
+        wanted: The phase that it would have come to.
+        expected: What would be right.
+    """
+
+    phase: str
+    wanted: str
+    expected: str
+
+    def __init__(self, phase: str, wanted: str, expected: str) -> None:
+        super().__init__(phase, wanted, expected)
+        self.phase, self.wanted, self.expected = phase, wanted, expected
+
+    def __str__(self) -> str:
+        return f"phase={self.phase!r}: expected {self.expected}, to become {self.wanted!r}"

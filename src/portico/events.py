@@ -186,6 +186,34 @@ class PeerGone(Event):
     error: Exception
 
 
+class Deadline(StrEnum):
+    """A limit in time that a connection can exceed."""
+
+    HANDSHAKE = "handshake timeout"
+    """What comes before the handler took too long."""
+    IDLE = "idle timeout"
+    """No byte moved in either direction for too long."""
+    REQUEST = "request timeout"
+    """The handler took too long in all."""
+    RATE = "minimum rate"
+    """The handler waited for a peer that sent too little."""
+
+
+@dataclass(frozen=True)
+class DeadlineExpired(Event):
+    """A connection exceeded a limit in time and is shut down, which ends its handler.
+
+    Attributes:
+        peer: Its client address.
+        deadline: Which limit it was.
+        duration: Seconds since the connection was accepted.
+    """
+
+    peer: Any
+    deadline: Deadline
+    duration: float
+
+
 @dataclass(frozen=True)
 class AcceptPaused(Event):
     """The system has no descriptor or memory for another connection; accepting rests.

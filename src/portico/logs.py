@@ -27,6 +27,7 @@ LINES: Final[dict[type[Event], tuple[int, str]]] = {
         "{handler} of {peer!r} has held its hub for {duration:.1f} s at {place}",
     ),
     events.PeerGone: (logging.DEBUG, "{peer!r} went away: {error!r}"),
+    events.DeadlineExpired: (logging.INFO, "shut {peer!r} down after {duration:.1f} s: {deadline}"),
     events.AcceptPaused: (logging.WARNING, "{server} pauses accepting: {error}"),
     events.AcceptResumed: (logging.INFO, "{server} accepts again after {duration:.1f} s"),
     events.DatagramCut: (

@@ -1,0 +1,242 @@
+"""Ask the kernel what moved over one connection, at the moment when somebody looks.
+
+Owns how the kernel is asked, and what its answers mean.  Nothing is counted on the way of a byte:
+a connection that nobody looks at costs nothing.  Never waits, never reads a payload, and never
+makes a socket send what it has collected.
+
+Source: tcp(7), "TCP_INFO" and "Ioctls"; unix(7), "Ioctls"; `struct tcp_info` in linux/tcp.h, which
+only ever grew at its end, so the length of an answer tells which of its fields exist.  Observed
+on loopback, where the manual is silent: probes of a closed window move no instant; retransmissions
+move `since_sent`; the end of the stream counts as one byte.
+"""
+
+from __future__ import annotations
+
+import _socket
+import fcntl
+import sys
+import termios
+from struct import Struct
+from typing import Any, Final, NamedTuple
+
+IS_LINUX: Final[bool] = sys.platform.startswith("linux")
+"""Elsewhere TCP_INFO is laid out in another way, if it is there, and SIOCOUTQ has another name."""
+
+TCP_INFO: Final[int | None] = getattr(_socket, "TCP_INFO", None) if IS_LINUX else None
+"""The option; ``None`` on a system that has no such answer."""
+
+TCP: Final = _socket.IPPROTO_TCP
+UNREAD: Final = termios.FIONREAD
+"""SIOCINQ by its portable name."""
+UNSENT: Final[int | None] = getattr(termios, "TIOCOUTQ", None) if IS_LINUX else None
+"""SIOCOUTQ by the name that Python knows; ``None`` where it is for terminals alone."""
+
+NUMBER: Final = Struct("=i")
+"""What an ioctl of these tells."""
+
+TIMES: Final = Struct("=44x I 4x I")
+"""tcpi_last_data_sent, tcpi_last_data_recv."""
+RECEIVED: Final = Struct("=128x Q")
+"""tcpi_bytes_received."""
+BASIC: Final = Struct(f"{TIMES.format} 12x I 28x I")
+"""And tcpi_rtt, tcpi_total_retrans.  Every Linux has these."""
+COUNTED: Final = Struct(f"{BASIC.format} 16x Q Q")
+"""And tcpi_bytes_acked, tcpi_bytes_received: since Linux 4.1."""
+FULL: Final = Struct(f"{COUNTED.format} 64x Q Q")
+"""And tcpi_bytes_sent, tcpi_bytes_retrans: since Linux 4.19."""
+
+STILLNESS: Final = 0.1
+"""Seconds without a byte after which a connection may count as idle.
+
+A peer that talks sends its next request one round trip after our last byte: closing in between
+would lose that request.  It is long beside a round trip in one data centre, and short beside the
+half second in which a drain ends idle connections.  A longer round trip is waited for twice.
+"""
+
+_fileno = _socket.socket.fileno  # not the method of a green socket, which sends what it collected
+_getsockopt = _socket.socket.getsockopt
+
+
+class Traffic(NamedTuple):
+    """What moved over one connection, as far as the system says.
+
+    ``None`` stands for what this kind of socket, or this system, does not tell.  On a TLS
+    connection bytes are those of its records.
+    """
+
+    received: int | None = None
+    """Bytes that came in, read or not; the end of the stream counts as one."""
+    sent: int | None = None
+    """Bytes that left, each once, however often it had to be sent again."""
+    acknowledged: int | None = None
+    """Bytes of them that the peer's system has; the end of the stream counts as one."""
+    unread: int | None = None
+    """Bytes that came in and that nobody has read from the kernel.  What a file or a TLS layer
+    over the socket has buffered is read."""
+    unsent: int | None = None
+    """Bytes that were written and not acknowledged, sent or not.  On a Unix socket it is the
+    memory that they take until the peer reads them, so only zero is exact."""
+    since_received: float | None = None
+    """Seconds since the last byte came in, in steps of the kernel's tick (1 to 10 ms); ``None``
+    also when none ever did."""
+    since_sent: float | None = None
+    """Seconds since a byte last left, also if it was sent again; ``None`` also when none ever
+    did."""
+    round_trip: float | None = None
+    """Seconds from a byte to its acknowledgement, smoothed."""
+    retransmissions: int | None = None
+    """Segments that had to be sent again."""
+
+
+UNKNOWN: Final = Traffic()
+"""What is known of a socket that was closed, and of a request that is none."""
+
+
+def look(sock: Any) -> Traffic:
+    """Ask the kernel about the connection of `sock`.
+
+    Callable from any thread.  Three system calls, about two microseconds.  Whoever looks keeps
+    the socket from being closed meanwhile, as for every call on a socket: its descriptor may
+    belong to another connection a moment later.
+
+    Args:
+        sock: A socket of any kind in any state, a TLS or a green one too.  A connection that was
+            reset still tells its totals.
+
+    Returns:
+        What the system says; `UNKNOWN` for a closed socket and for anything that is no socket.
+    """
+    if not isinstance(sock, _socket.socket) or (fd := _fileno(sock)) < 0:
+        return UNKNOWN
+    unread = _ask(fd, UNREAD)
+    unsent = None if UNSENT is None else _ask(fd, UNSENT)
+    return read(_tcp_info(sock, FULL.size), unread, unsent)
+
+
+def read(info: bytes, unread: int | None = None, unsent: int | None = None) -> Traffic:
+    """Read the kernel's `struct tcp_info`, of whatever age.
+
+    Args:
+        info: As getsockopt(2) returned it; fields beyond its end are not known.
+        unread: As SIOCINQ told it.
+        unsent: As SIOCOUTQ told it.
+    """
+    received = sent = acknowledged = None
+    if len(info) >= FULL.size:
+        left, came, rtt, again, acknowledged, received, data, repeated = FULL.unpack_from(info)
+        sent = data - repeated
+    elif len(info) >= COUNTED.size:
+        left, came, rtt, again, acknowledged, received = COUNTED.unpack_from(info)
+        sent = acknowledged
+    elif len(info) >= BASIC.size:
+        left, came, rtt, again = BASIC.unpack_from(info)
+    else:
+        return Traffic(unread=unread, unsent=unsent)
+    return Traffic(
+        received,
+        sent,
+        acknowledged,
+        unread,
+        unsent,
+        # Until a first byte the kernel counts from the beginning of the connection.
+        None if received == 0 else came / 1000,
+        None if sent == 0 else left / 1000,
+        rtt / 1_000_000 if rtt else None,
+        again,
+    )
+
+
+def idle_seconds(sock: Any) -> float | None:
+    """Say for how long no byte has left or come in: one system call, for a look at many.
+
+    Callable from any thread.
+
+    Returns:
+        Seconds; since the connection came to be if nothing ever moved.  Retransmissions count
+        as bytes here, so a connection may have been idle for longer.  ``None`` where the system
+        does not tell.
+    """
+    info = _tcp_info(sock, TIMES.size)
+    if len(info) < TIMES.size:
+        return None
+    left: int
+    came: int
+    left, came = TIMES.unpack_from(info)
+    return min(left, came) / 1000
+
+
+def bytes_received(sock: Any) -> int | None:
+    """Say how many bytes came in: one system call, for a look at many.
+
+    Callable from any thread.
+
+    Returns:
+        As `Traffic.received`.
+    """
+    info = _tcp_info(sock, RECEIVED.size)
+    if len(info) < RECEIVED.size:
+        return None
+    count: int
+    (count,) = RECEIVED.unpack_from(info)
+    return count
+
+
+def is_idle(
+    traffic: Traffic,
+    waits_to_read: bool | None,
+    age: float,
+    stillness: float = STILLNESS,
+) -> bool:
+    """Say whether nobody would miss this connection: it is between two requests.
+
+    It is, when the last byte that moved was ours, nothing is unread, and that has been so for a
+    moment.  A handler that may be at work, or in the middle of a request, is not idle: of two
+    errors, giving a busy connection time is the one that loses nothing.
+
+    A connection over which no byte has moved yet is idle once it is older than `stillness`: one
+    that was just accepted has its request on the way, one that has been silent has none.  So
+    whoever drains asks again about those that were not idle at first.
+
+    Args:
+        traffic: What `look` returned.
+        waits_to_read: Whether its handler waits for bytes of this connection, as its engine
+            knows; ``None`` if it does not.  It decides alone where the kernel tells no instants,
+            and where both fell into one tick of its clock.
+        age: Seconds since the connection was accepted.
+        stillness: Seconds without a byte that it takes; two round trips if that is longer.
+    """
+    if waits_to_read is False or traffic.unread:
+        return False
+    if traffic.unsent and not waits_to_read:  # it may be in the middle of writing
+        return False
+    came, left = traffic.since_received, traffic.since_sent
+    quiet = min((since for since in (came, left) if since is not None), default=age)
+    if quiet < max(stillness, 2 * (traffic.round_trip or 0.0)):
+        return False
+    if came is None and traffic.received == 0:
+        return True  # it has said nothing: not one request has begun
+    if came is None or left is None:
+        # Nobody says who was last; or a request came, and nothing has left.
+        return came is left and bool(waits_to_read)
+    return left < came or (left == came and bool(waits_to_read))
+
+
+def _tcp_info(sock: Any, size: int) -> bytes:
+    """Return as much of `struct tcp_info` as the kernel has; nothing if it is no TCP socket."""
+    if TCP_INFO is None:
+        return b""
+    try:
+        return _getsockopt(sock, TCP, TCP_INFO, size)
+    except (OSError, TypeError):  # of another kind, or closed; or no socket
+        return b""
+
+
+def _ask(fd: int, request: int) -> int | None:
+    """Return the number that an ioctl tells; ``None`` if this socket has no answer."""
+    answer = bytearray(NUMBER.size)  # of its own: threads look at the same time
+    try:
+        fcntl.ioctl(fd, request, answer)
+    except OSError:
+        return None
+    number: int = NUMBER.unpack(answer)[0]
+    return number
