@@ -7,11 +7,18 @@ from collections.abc import Callable
 
 import pytest
 
-from portico.errors import AddressError, ListenerError, PorticoError, SettingError
+from portico.errors import (
+    AddressError,
+    CertificateError,
+    ListenerError,
+    PorticoError,
+    SettingError,
+)
 
 SETTING = SettingError("max_connections", 0, "1 or more, or None for no limit")
 ADDRESS = AddressError("http://localhost", "a scheme of tcp, udp or unix")
 LISTENER = ListenerError(errno.EINVAL, "it does not listen")
+CERTIFICATE = CertificateError(errno.ENOENT, "no such file", "cert.pem")
 
 
 def test_a_setting_error_says_what_would_be_right() -> None:
@@ -38,8 +45,14 @@ def test_a_listener_error_keeps_the_number_of_the_error() -> None:
     assert LISTENER.errno == errno.EINVAL
 
 
+def test_a_certificate_error_names_the_file_and_keeps_the_number_of_the_error() -> None:
+    assert str(CERTIFICATE) == "cert.pem: no such file"
+    assert (CERTIFICATE.errno, CERTIFICATE.filename) == (errno.ENOENT, "cert.pem")
+
+
 @pytest.mark.parametrize(
-    ("error", "built_in"), [(SETTING, ValueError), (ADDRESS, ValueError), (LISTENER, OSError)]
+    ("error", "built_in"),
+    [(SETTING, ValueError), (ADDRESS, ValueError), (LISTENER, OSError), (CERTIFICATE, OSError)],
 )
 def test_an_error_is_ours_and_what_a_program_catches_already(
     error: PorticoError, built_in: type[Exception]
@@ -55,7 +68,9 @@ def pickled(error: PorticoError) -> PorticoError:
 
 
 @pytest.mark.parametrize(
-    "error", [SETTING, ADDRESS, LISTENER], ids=["setting", "address", "listener"]
+    "error",
+    [SETTING, ADDRESS, LISTENER, CERTIFICATE],
+    ids=["setting", "address", "listener", "certificate"],
 )
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deep", "pickle"]

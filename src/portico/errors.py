@@ -53,3 +53,19 @@ class AddressError(PorticoError, ValueError):
 
 class ListenerError(PorticoError, OSError):
     """A listener cannot do its work, for a reason that waiting does not mend."""
+
+
+class CertificateError(PorticoError, OSError):
+    """A certificate, a key or a list of authorities cannot be used.
+
+    Says what is wrong, and never shows what is in a file nor a password.
+
+    Attributes:
+        errno: The number of the system's error; ``None`` if the file could be read and its
+            contents are wrong.
+        strerror: What is wrong, and what would be right.
+        filename: The file.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
