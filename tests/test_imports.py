@@ -19,7 +19,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "src"
 LAYERS = (
     ("portico.errors",),
     ("portico.address", "portico.events", "portico.holders", "portico.pem"),
-    ("portico.listener", "portico.logs"),
+    ("portico.certificates", "portico.listener", "portico.logs"),
     ("portico.acceptor", "portico.connection"),
     ("portico.server",),
     ("portico.families", "portico.handlers"),

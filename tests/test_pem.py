@@ -275,6 +275,12 @@ def test_a_password_that_openssl_does_not_take(context: ssl.SSLContext, encrypte
     assert str(error) == f"{encrypted.key}: expected a password of at most 1024 bytes"
 
 
+def test_a_password_that_no_encoding_has(context: ssl.SSLContext, encrypted: Pair) -> None:
+    error = refusal(context, encrypted.certificate, encrypted.key, "\ud800")
+    assert str(error) == f"{encrypted.key}: expected a password of whole characters"
+    assert error.__cause__ is None, "it would show the password"
+
+
 def test_a_function_that_fails_shows_nothing_of_what_it_said(
     context: ssl.SSLContext, encrypted: Pair
 ) -> None:

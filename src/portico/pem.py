@@ -89,7 +89,11 @@ class Lock:
         self.was_opened = True
         password = self._called(self._password) if callable(self._password) else self._password
         if isinstance(password, str):
-            password = password.encode(errors="surrogateescape")  # as the environment has it
+            try:
+                password = password.encode(errors="surrogateescape")  # as the environment has it
+            except UnicodeEncodeError:
+                problem = "expected a password of whole characters"
+                raise CertificateError(None, problem, self._key) from None
         if len(password) > LONGEST_PASSWORD:
             problem = f"expected a password of at most {LONGEST_PASSWORD} bytes"
             raise CertificateError(None, problem, self._key)
