@@ -5,11 +5,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 import portico
+
+if TYPE_CHECKING:
+    from tests.tls import Authority
 
 # No deadline for an example: a busy machine is no failure.  In CI the examples are the same in
 # every run; elsewhere each run looks at new ones.
@@ -70,3 +74,11 @@ def is_running(child: int) -> bool:
             return False
         pause.wait(0.01)
     return True
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> "Authority":
+    """A certificate authority that the tests and their clients trust."""
+    from tests.tls import Authority  # its library is slow to import, and few tests need it
+
+    return Authority(tmp_path_factory.mktemp("authority"))

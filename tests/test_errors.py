@@ -7,12 +7,20 @@ from collections.abc import Callable
 
 import pytest
 
-from portico.errors import AddressError, ListenerError, PhaseError, PorticoError, SettingError
+from portico.errors import (
+    AddressError,
+    CertificateError,
+    ListenerError,
+    PhaseError,
+    PorticoError,
+    SettingError,
+)
 
 SETTING = SettingError("max_connections", 0, "1 or more, or None for no limit")
 ADDRESS = AddressError("http://localhost", "a scheme of tcp, udp or unix")
 LISTENER = ListenerError(errno.EINVAL, "it does not listen")
 PHASE = PhaseError("created", "draining", "serving or stopped")
+CERTIFICATE = CertificateError(errno.ENOENT, "no such file", "cert.pem")
 
 
 def test_a_setting_error_says_what_would_be_right() -> None:
@@ -48,9 +56,20 @@ def test_a_listener_error_keeps_the_number_of_the_error() -> None:
     assert LISTENER.errno == errno.EINVAL
 
 
+def test_a_certificate_error_names_the_file_and_keeps_the_number_of_the_error() -> None:
+    assert str(CERTIFICATE) == "cert.pem: no such file"
+    assert (CERTIFICATE.errno, CERTIFICATE.filename) == (errno.ENOENT, "cert.pem")
+
+
 @pytest.mark.parametrize(
     ("error", "built_in"),
-    [(SETTING, ValueError), (ADDRESS, ValueError), (LISTENER, OSError), (PHASE, RuntimeError)],
+    [
+        (SETTING, ValueError),
+        (ADDRESS, ValueError),
+        (LISTENER, OSError),
+        (CERTIFICATE, OSError),
+        (PHASE, RuntimeError),
+    ],
 )
 def test_an_error_is_ours_and_what_a_program_catches_already(
     error: PorticoError, built_in: type[Exception]
@@ -67,8 +86,8 @@ def pickled(error: PorticoError) -> PorticoError:
 
 @pytest.mark.parametrize(
     "error",
-    [SETTING, ADDRESS, LISTENER, PHASE],
-    ids=["setting", "address", "listener", "phase"],
+    [SETTING, ADDRESS, LISTENER, CERTIFICATE, PHASE],
+    ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deep", "pickle"]

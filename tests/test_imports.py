@@ -18,8 +18,14 @@ SOURCES = Path(__file__).resolve().parent.parent / "src"
 
 LAYERS = (
     ("portico.errors",),
-    ("portico.address", "portico.events", "portico.holders"),
-    ("portico.deadlines", "portico.lifecycle", "portico.listener", "portico.logs"),
+    ("portico.address", "portico.events", "portico.holders", "portico.pem"),
+    (
+        "portico.certificates",
+        "portico.deadlines",
+        "portico.lifecycle",
+        "portico.listener",
+        "portico.logs",
+    ),
     ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
     ("portico.server",),
     ("portico.families", "portico.handlers"),

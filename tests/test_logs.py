@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from portico import StreamRequestHandler, TCPServer, ThreadingTCPServer, events, logs
+from portico.errors import CertificateError
 from portico.events import (
     AcceptPaused,
     AcceptResumed,
+    CertificateLoaded,
+    CertificateRejected,
     CloseReason,
     ConnectionAccepted,
     ConnectionClosed,
@@ -156,6 +159,16 @@ def server() -> Iterator[TCPServer]:
                 "WARNING",
                 "cut a datagram of ('192.0.2.7', 40000) to 8192 bytes (max_packet_size)",
             ),
+        ),
+        (
+            CertificateLoaded,
+            ("/etc/tls/cert.pem",),
+            ("INFO", "/etc/tls/cert.pem was read again and is in use"),
+        ),
+        (
+            CertificateRejected,
+            ("/etc/tls/cert.pem", CertificateError(None, "no key", "/etc/tls/key.pem")),
+            ("WARNING", "/etc/tls/key.pem: no key; the earlier certificate stays"),
         ),
     ],
 )

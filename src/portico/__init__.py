@@ -16,7 +16,8 @@ A server is an engine in front of a family::
   `DatagramRequestHandler`; `AsyncStreamRequestHandler` and `AsyncDatagramRequestHandler` for
   ``async def handle``;
 - helpers that mean the same in every engine: `to_thread`, `await_`, `sleep`, `spawn`,
-  `timeout`.
+  `timeout`;
+- TLS: `server_context`, and `Certificates`, which notices when its files are exchanged.
 
 What happens in a server can be watched: `portico.events`, `portico.logs`.
 """
@@ -49,7 +50,14 @@ from portico.combinations import (
 from portico.engines import forks, threads
 from portico.engines.forks import ForkingMixIn
 from portico.engines.threads import ThreadingMixIn, _NoThreads, _Threads
-from portico.errors import AddressError, ListenerError, PhaseError, PorticoError, SettingError
+from portico.errors import (
+    AddressError,
+    CertificateError,
+    ListenerError,
+    PhaseError,
+    PorticoError,
+    SettingError,
+)
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from portico.handlers import (
     BaseRequestHandler,
@@ -60,6 +68,7 @@ from portico.handlers import (
 from portico.server import BaseServer
 
 if TYPE_CHECKING:
+    from portico.certificates import Certificates, server_context
     from portico.engines.green import GreenMixIn
     from portico.engines.green.bridge import await_, sleep, spawn, timeout, to_thread
     from portico.engines.green.combinations import (
@@ -81,6 +90,8 @@ __all__ = [
     "AsyncStreamRequestHandler",
     "BaseRequestHandler",
     "BaseServer",
+    "CertificateError",
+    "Certificates",
     "DatagramRequestHandler",
     "ForkingMixIn",
     "ForkingTCPServer",
@@ -109,6 +120,7 @@ __all__ = [
     "await_",
     "events",
     "logs",
+    "server_context",
     "sleep",
     "spawn",
     "timeout",
@@ -116,21 +128,23 @@ __all__ = [
 ]
 
 _ON_DEMAND: Final = {
-    "AsyncDatagramRequestHandler": "coroutines",
-    "AsyncStreamRequestHandler": "coroutines",
-    "GreenMixIn": "",
-    "GreenTCPServer": "combinations",
-    "GreenUDPServer": "combinations",
-    "GreenUnixDatagramServer": "combinations",
-    "GreenUnixStreamServer": "combinations",
-    "await_": "bridge",
-    "sleep": "bridge",
-    "spawn": "bridge",
-    "timeout": "bridge",
-    "to_thread": "bridge",
+    "AsyncDatagramRequestHandler": "engines.green.coroutines",
+    "AsyncStreamRequestHandler": "engines.green.coroutines",
+    "Certificates": "certificates",
+    "GreenMixIn": "engines.green",
+    "GreenTCPServer": "engines.green.combinations",
+    "GreenUDPServer": "engines.green.combinations",
+    "GreenUnixDatagramServer": "engines.green.combinations",
+    "GreenUnixStreamServer": "engines.green.combinations",
+    "await_": "engines.green.bridge",
+    "server_context": "certificates",
+    "sleep": "engines.green.bridge",
+    "spawn": "engines.green.bridge",
+    "timeout": "engines.green.bridge",
+    "to_thread": "engines.green.bridge",
 }
-"""Names that stand on greenlet and asyncio, and their modules in `portico.engines.green`: imported
-when they are asked for, so that whoever needs threads alone pays for neither."""
+"""Names that stand on greenlet and asyncio, or on ssl, and their modules: imported when they are
+asked for, so that whoever needs threads alone pays for none of these."""
 
 _REPLACEABLE: Final = {
     "BufferedIOBase": BufferedIOBase,
@@ -152,7 +166,7 @@ reach and replace through the module: ``mock.patch("socketserver.threading")``."
 def __getattr__(name: str) -> Any:
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"portico.engines.green.{_ON_DEMAND[name]}".rstrip("."))
+    module = import_module(f"portico.{_ON_DEMAND[name]}")
     value = globals()[name] = getattr(module, name)
     return value
 

@@ -74,3 +74,19 @@ class PhaseError(PorticoError, RuntimeError):
 
     def __str__(self) -> str:
         return f"phase={self.phase!r}: expected {self.expected}, to become {self.wanted!r}"
+
+
+class CertificateError(PorticoError, OSError):
+    """A certificate, a key or a list of authorities cannot be used.
+
+    Says what is wrong, and never shows what is in a file nor a password.
+
+    Attributes:
+        errno: The number of the system's error; ``None`` if the file could be read and its
+            contents are wrong.
+        strerror: What is wrong, and what would be right.
+        filename: The file.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"

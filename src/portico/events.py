@@ -20,6 +20,8 @@ from functools import partial
 from threading import Lock
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
+from portico.errors import CertificateError
+
 Subscriber: TypeAlias = "Callable[[Any], object]"
 _E = TypeVar("_E", bound="Event")
 
@@ -249,6 +251,35 @@ class DatagramCut(Event):
 
     peer: Any
     max_packet_size: int
+
+
+@dataclass(frozen=True)
+class CertificateLoaded(Event):
+    """A certificate and its key were read again; handshakes use them from now on.
+
+    `server` is the one whose handshake noticed the change; ``None`` if somebody asked for it.
+
+    Attributes:
+        certificate: The file of the certificate.
+    """
+
+    certificate: str
+
+
+@dataclass(frozen=True)
+class CertificateRejected(Event):
+    """A certificate and its key cannot be used as they are now; the earlier ones stay.
+
+    Told once, until the files change or somebody asks for them to be read again.  `server` is
+    the one whose handshake noticed the change; ``None`` if somebody asked for it.
+
+    Attributes:
+        certificate: The file of the certificate.
+        error: Which file is wrong, and what would be right.
+    """
+
+    certificate: str
+    error: CertificateError
 
 
 def subscribe(callback: Callable[[_E], object], *kinds: type[_E]) -> Callable[[], None]:

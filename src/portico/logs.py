@@ -34,6 +34,8 @@ LINES: Final[dict[type[Event], tuple[int, str]]] = {
         logging.WARNING,
         "cut a datagram of {peer!r} to {max_packet_size} bytes (max_packet_size)",
     ),
+    events.CertificateLoaded: (logging.INFO, "{certificate} was read again and is in use"),
+    events.CertificateRejected: (logging.WARNING, "{error}; the earlier certificate stays"),
 }
 """The level of each kind of event, and its line: a format string over the event's attributes.
 

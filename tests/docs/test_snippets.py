@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import portico
+from tests.tls import Authority, Pair, shake_hands
 
 from .conftest import SNIPPETS, WAIT, Run
 
@@ -129,6 +130,29 @@ def test_log(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = log.getvalue().splitlines()
     assert lines
     assert all(line.startswith("INFO TCPServer at") for line in lines)
+
+
+@pytest.fixture
+def files(authority: Authority, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificates and keys that the snippets name."""
+    monkeypatch.chdir(tmp_path)
+    authority.issue().write_over(Pair(tmp_path / "cert.pem", tmp_path / "key.pem"))
+    for name, stem in (("example.org", "example.org"), ("*.example.org", "star.example.org")):
+        into = Pair(tmp_path / f"{stem}.pem", tmp_path / f"{stem}.key")
+        authority.issue(name).write_over(into)
+
+
+@pytest.mark.usefixtures("files")
+def test_tls(load: Load, authority: Authority) -> None:
+    context = load("tls.py").tls_context
+    assert shake_hands(context, authority.client(alpn=["http/1.1"])).protocol == "http/1.1"
+
+
+@pytest.mark.usefixtures("files")
+def test_names(load: Load, authority: Authority) -> None:
+    certificates = load("names.py").certificates
+    for name in ("localhost", "example.org", "mail.example.org"):  # the client checks the name
+        shake_hands(certificates.refresh(), authority.client(), name)
 
 
 def test_web(run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
