@@ -7,11 +7,18 @@ from collections.abc import Callable
 
 import pytest
 
-from portico.errors import AddressError, ListenerError, PorticoError, SettingError
+from portico.errors import (
+    AddressError,
+    ListenerError,
+    PorticoError,
+    ProxyHeaderError,
+    SettingError,
+)
 
 SETTING = SettingError("max_connections", 0, "1 or more, or None for no limit")
 ADDRESS = AddressError("http://localhost", "a scheme of tcp, udp or unix")
 LISTENER = ListenerError(errno.EINVAL, "it does not listen")
+PROXY_HEADER = ProxyHeaderError("CRLF within 107 bytes")
 
 
 def test_a_setting_error_says_what_would_be_right() -> None:
@@ -34,12 +41,23 @@ def test_an_address_error_carries_its_values() -> None:
     )
 
 
+def test_a_proxy_header_error_says_what_was_expected() -> None:
+    assert str(PROXY_HEADER) == "PROXY header: expected CRLF within 107 bytes"
+    assert PROXY_HEADER.expected == "CRLF within 107 bytes"
+
+
 def test_a_listener_error_keeps_the_number_of_the_error() -> None:
     assert LISTENER.errno == errno.EINVAL
 
 
 @pytest.mark.parametrize(
-    ("error", "built_in"), [(SETTING, ValueError), (ADDRESS, ValueError), (LISTENER, OSError)]
+    ("error", "built_in"),
+    [
+        (SETTING, ValueError),
+        (ADDRESS, ValueError),
+        (LISTENER, OSError),
+        (PROXY_HEADER, ValueError),
+    ],
 )
 def test_an_error_is_ours_and_what_a_program_catches_already(
     error: PorticoError, built_in: type[Exception]
@@ -55,7 +73,9 @@ def pickled(error: PorticoError) -> PorticoError:
 
 
 @pytest.mark.parametrize(
-    "error", [SETTING, ADDRESS, LISTENER], ids=["setting", "address", "listener"]
+    "error",
+    [SETTING, ADDRESS, LISTENER, PROXY_HEADER],
+    ids=["setting", "address", "listener", "proxy header"],
 )
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deep", "pickle"]

@@ -95,6 +95,7 @@ def test_the_public_names_of_portico_are_these() -> None:
             "GreenUnixStreamServer",
             "ListenerError",
             "PorticoError",
+            "ProxyHeaderError",
             "SettingError",
             "await_",
             "events",

@@ -18,7 +18,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "src"
 
 LAYERS = (
     ("portico.errors",),
-    ("portico.address", "portico.events", "portico.holders"),
+    ("portico.address", "portico.events", "portico.holders", "portico.proxy"),
     ("portico.listener", "portico.logs"),
     ("portico.acceptor", "portico.connection"),
     ("portico.server",),
@@ -31,6 +31,12 @@ LAYERS = (
     ("portico.__main__",),
 )
 """The bottom first.  A name stands for the modules below it too, unless they are named."""
+
+PURE = ("portico.proxy",)
+"""What only decides: bytes and instants are its arguments."""
+
+ACTING = {"asyncio", "os", "select", "selectors", "signal", "socket", "ssl", "threading", "time"}
+"""Modules of the standard library that do something, or tell the time."""
 
 Graph = dict[str, set[str]]
 
@@ -110,6 +116,11 @@ def test_no_modules_import_each_other() -> None:
 def test_every_place_in_the_order_is_taken() -> None:
     """A module that was renamed or removed leaves the order too."""
     assert [name for names in LAYERS for name in names if name not in MODULES] == []
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_what_only_decides_imports_nothing_that_acts(module: str) -> None:
+    assert {name.partition(".")[0] for name in imports_of(module)} & ACTING == set()
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -49,7 +49,13 @@ from portico.combinations import (
 from portico.engines import forks, threads
 from portico.engines.forks import ForkingMixIn
 from portico.engines.threads import ThreadingMixIn, _NoThreads, _Threads
-from portico.errors import AddressError, ListenerError, PorticoError, SettingError
+from portico.errors import (
+    AddressError,
+    ListenerError,
+    PorticoError,
+    ProxyHeaderError,
+    SettingError,
+)
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from portico.handlers import (
     BaseRequestHandler,
@@ -94,6 +100,7 @@ __all__ = [
     "GreenUnixStreamServer",
     "ListenerError",
     "PorticoError",
+    "ProxyHeaderError",
     "SettingError",
     "StreamRequestHandler",
     "TCPServer",
