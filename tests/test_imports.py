@@ -18,8 +18,8 @@ SOURCES = Path(__file__).resolve().parent.parent / "src"
 
 LAYERS = (
     ("portico.errors",),
-    ("portico.address", "portico.events", "portico.holders", "portico.proxy"),
-    ("portico.listener", "portico.logs"),
+    ("portico.address", "portico.events", "portico.holders", "portico.networks", "portico.proxy"),
+    ("portico.admission", "portico.listener", "portico.logs"),
     ("portico.acceptor", "portico.connection"),
     ("portico.server",),
     ("portico.families", "portico.handlers"),
@@ -32,7 +32,7 @@ LAYERS = (
 )
 """The bottom first.  A name stands for the modules below it too, unless they are named."""
 
-PURE = ("portico.proxy",)
+PURE = ("portico.admission", "portico.networks", "portico.proxy")
 """What only decides: bytes and instants are its arguments."""
 
 ACTING = {"asyncio", "os", "select", "selectors", "signal", "socket", "ssl", "threading", "time"}
