@@ -207,18 +207,31 @@ def test_a_line_without_an_end_is_refused_when_none_fits_any_more() -> None:
 # --- version 2 --------------------------------------------------------------------------
 
 
-def test_a_header_that_haproxy_sent_is_read() -> None:
-    """Recorded between HAProxy and netcat: a client at 172.19.0.1 asked 172.19.0.3, port 80."""
-    data = bytes.fromhex("0d0a0d0a000d0a515549540a 2111000c ac130001 ac130003 a652 0050 47455420")
-    assert parse(data) == Header(
-        version=2,
-        command=Command.PROXY,
-        transport=Transport.TCP4,
-        source=("172.19.0.1", 42578),
-        destination=("172.19.0.3", 80),
-        tlvs=(),
-        size=28,
+def test_a_header_that_haproxy_sent_for_a_tls_client_is_read() -> None:
+    """Recorded from HAProxy 2.6, ``proxy-v2-options crc32c,unique-id,authority,ssl,ssl-cipher``.
+
+    The client showed no certificate, and HAProxy says 0 of its verification all the same.
+    """
+    data = bytes.fromhex(
+        "0d0a0d0a000d0a515549540a 21110054 7f0000017f00000183e446a5 0300044561cfc3 0100026832"
+        "02000b6578616d706c652e6f7267 050000 2000280100000000 210007544c5376312e33"
+        "230016544c535f4145535f3235365f47434d5f534841333834"
     )
+    header = complete(data + b"hello")
+    assert (header.version, header.command) == (2, Command.PROXY)
+    assert (header.source, header.destination) == (("127.0.0.1", 33764), ("127.0.0.1", 18085))
+    assert (header.authority, header.alpn, header.unique_id) == ("example.org", b"h2", b"")
+    assert header.tls == ProxyTls("TLSv1.3", "TLS_AES_256_GCM_SHA384", None, verified=False)
+    assert header.size == len(data)
+
+
+def test_what_haproxy_sent_for_a_unix_client_is_a_local_connection() -> None:
+    """Recorded from HAProxy 2.6: there is no family, but there are TLVs."""
+    data = bytes.fromhex(
+        "0d0a0d0a000d0a515549540a 20000023 0300041efff475"
+        "050011756e69782d332d31373935363437383038 2000050000000000"
+    )
+    assert parse(data) == Header(2, Command.LOCAL, Transport.UNSPEC, None, None, (), len(data))
 
 
 def unix(source: bytes, destination: bytes) -> bytes:

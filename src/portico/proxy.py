@@ -23,7 +23,7 @@ Where it leaves a choice to the receiver, this is ours:
   endpoint addresses").  Values beyond the known ones "must be rejected as invalid".
 - What follows ``LOCAL`` or an unspecified family is skipped: the specification says to
   "discard the protocol block", and without a family nobody knows where addresses end and
-  TLVs begin.  HAProxy reads it so, too.
+  TLVs begin.  HAProxy reads it so, too; but as a sender it adds TLVs, which are lost.
 - Text is decoded so that two different byte sequences never give the same text, as Python
   does with paths (``surrogateescape``).
 """
@@ -189,7 +189,7 @@ class Header:
             version=_text(_first(tlvs, SSL_VERSION)),
             cipher=_text(_first(tlvs, SSL_CIPHER)),
             cn=_text(_first(tlvs, SSL_CN)),
-            # Without a certificate nothing was found wrong either, and some proxies say 0.
+            # Without a certificate nothing was found wrong either, and HAProxy 2.6 says 0.
             verified=verify == 0 and bool(client & _CLIENT_CERTIFICATE),
         )
 
