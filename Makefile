@@ -10,6 +10,9 @@ PORT ?= 6380
 
 UPGRADE ?=
 
+# How long `fuzz` looks for a fault.
+SECONDS ?= 60
+
 BIN := .venv/bin
 
 # CPython's own tests, which run in every supported interpreter by themselves.
@@ -25,7 +28,7 @@ COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.1
 
 .DEFAULT_GOAL := help
 .PHONY: help run test environment lint format types unit wheel-suite compat compat-next \
-	docs wheel bench lock changelog pre-commit clean
+	docs wheel bench fuzz lock changelog pre-commit clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +69,12 @@ bench: environment ## measure every engine beside its peers
 	@$(PYTHON) tools/environment.py .venv requirements/bench.txt
 	$(BIN)/python -m benchmarks
 
+fuzz: environment ## try to break the PROXY protocol parser; SECONDS=60 chooses how long
+	@$(PYTHON) tools/environment.py .venv requirements/fuzz.txt
+	@mkdir -p .fuzz/proxy
+	$(BIN)/python -m fuzz.proxy -max_total_time=$(SECONDS) -max_len=5000 -timeout=5 \
+		-artifact_prefix=.fuzz/ .fuzz/proxy fuzz/corpus/proxy
+
 compat: environment ## run CPython's own tests on portico, on every supported Python
 	$(BIN)/python -m pytest tests/compat
 
@@ -85,6 +94,7 @@ wheel: environment ## build the wheel and the source distribution into dist/
 lock: environment ## pin every dependency anew in requirements/; UPGRADE=--upgrade for the newest
 	$(COMPILE) --group dev --output-file requirements/dev.txt $(UPGRADE)
 	$(COMPILE) --group bench --output-file requirements/bench.txt --constraint requirements/dev.txt
+	$(COMPILE) --group fuzz --output-file requirements/fuzz.txt --constraint requirements/dev.txt
 	$(COMPILE) --group build --output-file requirements/run.txt --constraint requirements/dev.txt
 	$(COMPILE) --group test --output-file requirements/test.txt --constraint requirements/dev.txt
 
@@ -95,6 +105,6 @@ changelog: environment ## show what the fragments in changelog.d/ say so far
 	$(BIN)/towncrier build --draft --version next
 
 clean: ## remove environments, builds and caches
-	rm -rf .venv .venv.lock .venvs dist docs/_build .coverage .coverage.* htmlcov .hypothesis \
+	rm -rf .venv .venv.lock .venvs dist docs/_build .fuzz .coverage .coverage.* htmlcov .hypothesis \
 		.mypy_cache .pytest_cache .ruff_cache
-	find src tests examples docs tools -name __pycache__ -type d -exec rm -rf {} +
+	find src tests examples docs fuzz tools -name __pycache__ -type d -exec rm -rf {} +

@@ -13,6 +13,7 @@ from portico.errors import (
     ListenerError,
     PhaseError,
     PorticoError,
+    ProxyHeaderError,
     SettingError,
 )
 
@@ -21,6 +22,7 @@ ADDRESS = AddressError("http://localhost", "a scheme of tcp, udp or unix")
 LISTENER = ListenerError(errno.EINVAL, "it does not listen")
 PHASE = PhaseError("created", "draining", "serving or stopped")
 CERTIFICATE = CertificateError(errno.ENOENT, "no such file", "cert.pem")
+PROXY_HEADER = ProxyHeaderError("CRLF within 107 bytes")
 
 
 def test_a_setting_error_says_what_would_be_right() -> None:
@@ -52,6 +54,11 @@ def test_a_phase_error_carries_its_values() -> None:
     assert PHASE.expected == "serving or stopped"
 
 
+def test_a_proxy_header_error_says_what_was_expected() -> None:
+    assert str(PROXY_HEADER) == "PROXY header: expected CRLF within 107 bytes"
+    assert PROXY_HEADER.expected == "CRLF within 107 bytes"
+
+
 def test_a_listener_error_keeps_the_number_of_the_error() -> None:
     assert LISTENER.errno == errno.EINVAL
 
@@ -69,6 +76,7 @@ def test_a_certificate_error_names_the_file_and_keeps_the_number_of_the_error() 
         (LISTENER, OSError),
         (CERTIFICATE, OSError),
         (PHASE, RuntimeError),
+        (PROXY_HEADER, ValueError),
     ],
 )
 def test_an_error_is_ours_and_what_a_program_catches_already(
@@ -86,7 +94,7 @@ def pickled(error: PorticoError) -> PorticoError:
 
 @pytest.mark.parametrize(
     "error",
-    [SETTING, ADDRESS, LISTENER, CERTIFICATE, PHASE],
+    [SETTING, ADDRESS, LISTENER, CERTIFICATE, PHASE, PROXY_HEADER],
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize(

@@ -779,7 +779,15 @@ def test_a_subscriber_that_ends_the_loop_leaves_no_connection_open(kind: type[Ev
 
 def test_reasons_read_as_words() -> None:
     """They are what a log line says."""
-    assert [str(reason) for reason in RefusalReason] == ["not admitted", "not verified"]
+    assert [str(reason) for reason in RefusalReason] == [
+        "not admitted",
+        "not verified",
+        "network denied",
+        "network not allowed",
+        "too many connections",
+        "too many connections of this peer",
+        "too many connections a second",
+    ]
     assert [str(reason) for reason in CloseReason] == [
         "finished",
         "failed",

@@ -98,6 +98,7 @@ def test_the_public_names_of_portico_are_these() -> None:
             "ListenerError",
             "PhaseError",
             "PorticoError",
+            "ProxyHeaderError",
             "SettingError",
             "await_",
             "events",

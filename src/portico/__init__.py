@@ -56,6 +56,7 @@ from portico.errors import (
     ListenerError,
     PhaseError,
     PorticoError,
+    ProxyHeaderError,
     SettingError,
 )
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
@@ -106,6 +107,7 @@ __all__ = [
     "ListenerError",
     "PhaseError",
     "PorticoError",
+    "ProxyHeaderError",
     "SettingError",
     "StreamRequestHandler",
     "TCPServer",

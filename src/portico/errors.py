@@ -90,3 +90,22 @@ class CertificateError(PorticoError, OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
+
+
+class ProxyHeaderError(PorticoError, ValueError):
+    """A connection does not begin with a PROXY protocol header.
+
+    It says what was expected and nothing of what came: that is a peer's, and may be secret.
+
+    Attributes:
+        expected: What would be right.
+    """
+
+    expected: str
+
+    def __init__(self, expected: str) -> None:
+        super().__init__(expected)
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return f"PROXY header: expected {self.expected}"

@@ -97,6 +97,16 @@ class RefusalReason(StrEnum):
     """`admit_request` said no."""
     NOT_VERIFIED = "not verified"
     """The program's own `verify_request` said no."""
+    DENIED = "network denied"
+    """It is in one of `denied_networks`."""
+    NOT_ALLOWED = "network not allowed"
+    """It is in none of `allowed_networks`."""
+    TOO_MANY = "too many connections"
+    """`max_connections` were open."""
+    TOO_MANY_OF_PEER = "too many connections of this peer"
+    """`max_connections_per_peer` of the same peer were open."""
+    TOO_FAST = "too many connections a second"
+    """`accept_rate` was exceeded."""
 
 
 @dataclass(frozen=True)
