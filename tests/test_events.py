@@ -793,6 +793,8 @@ def test_reasons_read_as_words() -> None:
         "failed",
         "peer gone",
         "interrupted",
+        "deadline",
+        "no preamble",
     ]
     assert [str(deadline) for deadline in Deadline] == [
         "handshake timeout",

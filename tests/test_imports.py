@@ -35,6 +35,8 @@ LAYERS = (
         "portico.logs",
     ),
     ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
+    ("portico.drain", "portico.gate", "portico.timekeeper"),
+    ("portico.guard", "portico.preamble"),
     ("portico.server",),
     ("portico.families", "portico.handlers"),
     ("portico.engines",),

@@ -1,13 +1,27 @@
-"""Ask the kernel about one accepted peer.
+"""Know the connections that a server has open, and what became of one.
 
-Owns no state: what it answers is true at the moment someone asks, and costs nothing before.
+Owns what is remembered of an accepted peer: little, because the kernel knows the rest
+(`portico.traffic`).  Leaves the socket to the family, and judging to `portico.deadlines` and
+`portico.lifecycle`.
 """
 
 from __future__ import annotations
 
+import _socket
 import errno
 import select
-from typing import Any, Final, TypeAlias
+import socket
+from collections.abc import Callable, Iterator
+from threading import Lock
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from weakref import ref
+
+if TYPE_CHECKING:
+    from portico.deadlines import Memory
+    from portico.events import Deadline
+    from portico.gate import Gate
+    from portico.proxy import Header
 
 Request: TypeAlias = Any
 """What `get_request` returns first: a socket; ``(bytes, socket)`` for a datagram; or whatever
@@ -15,6 +29,8 @@ a program's own `get_request` makes."""
 
 ClientAddress: TypeAlias = Any
 """What `get_request` returns second: its shape depends on the address family."""
+
+_Socket: Final = socket.socket  # also when a program's test puts something else in its place
 
 PEER_GONE_ERRNOS: Final = frozenset(
     {
@@ -33,6 +49,165 @@ ETIMEDOUT and the two UNREACH are the kernel's verdict after retransmissions or 
 probes (tcp(7), "Error handling").  A `settimeout` that ran out carries no errno, so it is
 not one of them.
 """
+
+
+class Connection:
+    """One accepted peer, from its acceptance to its end.
+
+    What most connections never need is a class attribute until they do.
+
+    Args:
+        request: Its socket, as it was accepted.
+        client_address: Its address, as accept(2) told it.
+    """
+
+    thread: int | None = None
+    """The system's number of the thread that serves it; ``None`` before one does, and where the
+    engine knows better what its handler waits for."""
+
+    process: int | None = None
+    """The child process that serves it, if one does; the socket here is closed then."""
+
+    memory: Memory | None = None
+    """What looks at it have to remember, from the first one on."""
+
+    next_look: float = 0.0
+    """When to look at it again, by `time.monotonic`."""
+
+    deadline: Deadline | None = None
+    """The limit in time that ended it."""
+
+    gate: Gate | None = None
+    """Where it has a place; ``None`` where nobody counts."""
+
+    peer: ClientAddress | None = None
+    """For whom a proxy speaks, if that is counted."""
+
+    proxy_header: Header | None = None
+    """What a proxy said of it."""
+
+    has_ended: bool = False
+    """Whether a drain has counted its end."""
+
+    is_held: bool = False
+    """Whether its socket is being used from another thread, and must not be closed."""
+
+    def __init__(self, request: Any, client_address: ClientAddress) -> None:
+        self.held = request
+        """The request, or a `Hold` on it."""
+        self.client_address = client_address
+        self.accepted = monotonic()
+        """When, by `time.monotonic`."""
+
+    @property
+    def request(self) -> Any:
+        """The socket as the handler has it, another one once TLS is spoken over it.
+
+        ``None`` if nobody has it any more.
+        """
+        held = self.held
+        return held() if type(held) is Hold else held
+
+
+class Hold(ref[Any]):
+    """A hold on a request that does not keep it alive."""
+
+    __slots__ = ("key",)
+
+    key: int
+    """The ``id`` of the request."""
+
+
+class Connections:
+    """The open connections of one server.
+
+    A connection is found by its request.  It is in here until just before its socket is closed,
+    so whoever finds it may use the socket, if `interrupt` does it.  A program may take a connection
+    away and let go of it without a word, as it may with the socket of a `socketserver`: then it is
+    in here until nobody has its socket any more.
+
+    Callable from any thread: what has to be atomic is one step of a dictionary.
+
+    Args:
+        on_lost: Called with a connection whose socket nobody has any more.
+    """
+
+    def __init__(self, on_lost: Callable[[Connection], object]) -> None:
+        self.by_request: dict[int, Connection] = {}
+        """By the ``id`` of the request."""
+        self._on_lost = on_lost
+        self._interrupting = Lock()  # held while a socket is used from another thread
+
+    def __len__(self) -> int:
+        return len(self.by_request)
+
+    def __iter__(self) -> Iterator[Connection]:
+        """Go through those that are open now; the set may change meanwhile."""
+        return iter(list(self.by_request.values()))
+
+    def add(self, request: Any, client_address: ClientAddress) -> Connection:
+        """Remember a connection that was accepted, and whose end the program may keep to itself."""
+        hold = Hold(request, self._lose)
+        hold.key = id(request)
+        connection = self.by_request[hold.key] = Connection(hold, client_address)
+        return connection
+
+    def get(self, request: Any) -> Connection | None:
+        """Return the connection of a request, if it is open."""
+        return self.by_request.get(id(request))
+
+    def exchange(self, before: Any, request: Any) -> None:
+        """Note that a connection has another socket object from now on."""
+        connection = self.by_request.pop(id(before), None)
+        if connection is not None:
+            connection.held = request
+            self.by_request[id(request)] = connection
+
+    def remove(self, request: Any) -> Connection | None:
+        """Forget a connection whose socket is closed next; ``None`` if it is forgotten already."""
+        connection = self.by_request.pop(id(request), None)
+        if connection is not None and connection.is_held:
+            with self._interrupting:  # its descriptor must not become another's now
+                pass
+        return connection
+
+    def interrupt(self, connection: Connection, how: int = _socket.SHUT_RDWR) -> bool:
+        """Shut a connection down, which wakes whoever waits for it in any engine.
+
+        Args:
+            connection: Which.
+            how: As for ``socket.shutdown``; ``SHUT_RD`` is an end-of-file that loses nothing of
+                what is on its way to the peer.
+
+        Returns:
+            Whether it was still open.
+        """
+        with self._interrupting:
+            connection.is_held = True  # first, and then a look: `remove` does it the other way
+            try:
+                request = connection.request
+                if self.get(request) is not connection:
+                    return False
+                try:
+                    # Not the method of a green or a TLS socket: those belong to another thread.
+                    _socket.socket.shutdown(request, how)
+                except OSError:  # the peer was faster
+                    pass
+                return True
+            finally:
+                connection.is_held = False
+
+    def _lose(self, hold: ref[Any]) -> None:
+        """Forget a connection that nobody has any more."""
+        connection = self.by_request.get(cast("Hold", hold).key)
+        if connection is not None and connection.held is hold:
+            del self.by_request[cast("Hold", hold).key]
+            self._on_lost(connection)
+
+
+def can_be_tracked(request: object) -> bool:
+    """Say whether a request is a connection of its own, and no datagram or other thing."""
+    return isinstance(request, _Socket)
 
 
 def is_peer_gone(request: Request, error: Exception) -> bool:

@@ -109,3 +109,24 @@ class ProxyHeaderError(PorticoError, ValueError):
 
     def __str__(self) -> str:
         return f"PROXY header: expected {self.expected}"
+
+
+class PreambleError(PorticoError, OSError):
+    """What has to come before the handler did not: a PROXY header, or a TLS handshake.
+
+    Attributes:
+        stage: Which of the two.
+        reason: What happened.
+        is_late: Whether the peer took too long.
+    """
+
+    stage: str
+    reason: str
+    is_late: bool
+
+    def __init__(self, stage: str, reason: str, is_late: bool = False) -> None:
+        super().__init__(stage, reason, is_late)
+        self.stage, self.reason, self.is_late = stage, reason, is_late
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}"

@@ -133,6 +133,10 @@ class CloseReason(StrEnum):
     """The peer vanished while the handler used the connection."""
     INTERRUPTED = "interrupted"
     """`SystemExit`, `KeyboardInterrupt` or the like went through the handler."""
+    DEADLINE = "deadline"
+    """It exceeded a limit in time (`DeadlineExpired`)."""
+    NO_PREAMBLE = "no preamble"
+    """The TLS handshake or the PROXY header did not come (`PreambleFailed`)."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,45 @@ class DeadlineExpired(Event):
     peer: Any
     deadline: Deadline
     duration: float
+
+
+@dataclass(frozen=True)
+class PreambleFailed(Event):
+    """A peer did not speak TLS, or sent no PROXY header, where it has to; it was closed.
+
+    Attributes:
+        peer: Its client address.
+        stage: ``"TLS handshake"`` or ``"PROXY header"``.
+        reason: What happened, in words; nothing of what the peer sent.
+    """
+
+    peer: Any
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DrainStarted(Event):
+    """A server accepts no more, and waits for its open connections.
+
+    Attributes:
+        connections: How many are open.
+        timeout: Seconds until the rest is closed; ``None`` for no limit.
+    """
+
+    connections: int
+    timeout: float | None
+
+
+@dataclass(frozen=True)
+class Drained(Event):
+    """A drain has come to its end.
+
+    Attributes:
+        report: A `portico.DrainReport`.
+    """
+
+    report: Any
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,47 @@ A family owns the hooks that know the kind: `server_bind`, `server_activate`, `g
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import ClientAddress, Request
 from portico.events import DatagramCut, ListenerBound, emit
 from portico.server import BaseServer
+
+if TYPE_CHECKING:
+    import os
+    import ssl
+
+    from portico.certificates import Certificates
+    from portico.preamble import Preamble
+    from portico.proxy import Header
+
+    StrPath = str | os.PathLike[str]
 
 IP_FAMILIES: Final = frozenset({socket.AF_INET, socket.AF_INET6})
 """Where several sockets may share a port.
 
 On other families Linux 6.12.9 and later refuse SO_REUSEPORT (EOPNOTSUPP); before, it did nothing.
 """
+
+
+_Socket: Final = socket.socket  # also when a program's test puts something else in its place
+
+
+def speaks_tls(server: Any, listener: object) -> bool:
+    """Say whether a listener is a `ssl.SSLSocket` whose connections may be accepted bare.
+
+    A program's own `get_request`, or its own kind of listener, may count on a connection with which
+    hands have been shaken.
+    """
+    if not isinstance(listener, _Socket) or not hasattr(listener, "context"):
+        return False
+    get_request = getattr(server.get_request, "__func__", None)
+    accept: object = getattr(type(listener), "accept", None)
+    return (
+        getattr(get_request, "__module__", "").startswith("portico.")
+        and getattr(accept, "__module__", "") == "ssl"
+    )
 
 
 class TCPServer(BaseServer):
@@ -49,6 +78,24 @@ class TCPServer(BaseServer):
     allow_reuse_port: bool = False
     """Whether several IP sockets may be bound to this port; other families ignore it."""
 
+    ssl_context: ssl.SSLContext | Certificates | tuple[StrPath, StrPath] | None = None
+    """How to speak TLS: a context, `portico.Certificates`, or the paths of a certificate and its
+    key, which are read again when they change; ``None`` for no TLS.
+
+    The handshake is the worker's.  A listener that is a `ssl.SSLSocket` is treated likewise.
+    """
+
+    proxy_protocol: Iterable[Any] | None = None
+    """Networks and addresses of the proxies whose word is taken for who their client is (PROXY
+    protocol, version 1 or 2), such as ``["10.0.0.0/8"]``; ``None`` for none.
+
+    Whoever connects from there has to begin with a header; a peer from elsewhere speaks for itself.
+    `verify_request` is then called in the worker, after the header.
+    """
+
+    handshake_timeout: float | None = 10.0
+    """Seconds for the PROXY header and the TLS handshake together; ``None`` for no limit."""
+
     def __init__(
         self,
         server_address: Any,
@@ -67,6 +114,7 @@ class TCPServer(BaseServer):
             OSError: The address is in use, or not to be had.
         """
         super().__init__(server_address, RequestHandlerClass)
+        self._preamble()
         self.socket: socket.socket = socket.socket(self.address_family, self.socket_type)
         if bind_and_activate:
             try:
@@ -97,8 +145,34 @@ class TCPServer(BaseServer):
 
     def server_close(self) -> None:
         """Close the listener; a serving loop ends.  Callable from any thread, and again."""
-        self.socket.close()
+        self._close_listener()
         super().server_close()
+
+    @property
+    def _verifies_late(self) -> bool:
+        return self.proxy_protocol is not None
+
+    def _preamble(self) -> Preamble | None:
+        """Return what comes before the handler, as the settings and the listener ask for it.
+
+        Raises:
+            SettingError: A setting is outside its range.
+            CertificateError: A certificate or key cannot be used.
+        """
+        listener = self.__dict__.get("socket")
+        tls = self.ssl_context
+        if tls is None and self.proxy_protocol is None and not speaks_tls(self, listener):
+            return None
+        settings = tls, self.proxy_protocol, self.handshake_timeout, listener
+        known = self.__dict__.get("_known_preamble")
+        if known is None or known.settings != settings:
+            from portico.preamble import Preamble  # noqa: PLC0415  # it stands on ssl
+
+            known = self.__dict__["_known_preamble"] = Preamble(*settings)
+        return known
+
+    def _close_listener(self) -> None:
+        self.socket.close()
 
     def fileno(self) -> int:
         """Return the listener's descriptor; negative once it is closed."""
@@ -108,12 +182,41 @@ class TCPServer(BaseServer):
         """Accept one connection.
 
         Returns:
-            Its socket, and the address of the client.
+            Its socket, and the address of the client.  From a TLS listener it is a bare socket:
+            hands are shaken in the worker, where one silent client does not stop all others.
 
         Raises:
             OSError: As accept(2); the serving loop knows what each one asks for.
         """
-        return self.socket.accept()
+        listener = self.socket
+        if speaks_tls(self, listener):
+            return socket.socket.accept(listener)
+        return listener.accept()
+
+    def prepare_request(
+        self, request: Request, client_address: ClientAddress
+    ) -> tuple[Request, ClientAddress]:
+        """Read the PROXY header and shake hands, as the settings and the listener ask for.
+
+        Returns:
+            The connection, over TLS if it speaks that, and the address of the client, as a trusted
+            proxy tells it.
+
+        Raises:
+            PreambleError: The peer did not do its part, or not in time.
+        """
+        preamble = self._preamble()
+        if preamble is None:
+            return request, client_address
+        return preamble.pass_by(self, request, client_address)
+
+    def proxy_header(self, request: Request) -> Header | None:
+        """Return what a proxy said of a connection; ``None`` if it said nothing.
+
+        To be called while the connection is open, by its handler for example.
+        """
+        connection = self._guard.connections.get(request)
+        return None if connection is None else connection.proxy_header
 
     def shutdown_request(self, request: Request) -> None:
         """Tell the peer that no more is coming, and close the connection."""
@@ -128,7 +231,11 @@ class TCPServer(BaseServer):
 
     def close_request(self, request: Request) -> None:
         """Close this process's hold on the connection."""
+        guard = self._guard
+        connection = guard.note_closing(request)
         request.close()
+        if connection is not None:
+            guard.note_closed(connection)
 
 
 class UDPServer(TCPServer):

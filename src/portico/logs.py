@@ -28,6 +28,9 @@ LINES: Final[dict[type[Event], tuple[int, str]]] = {
     ),
     events.PeerGone: (logging.DEBUG, "{peer!r} went away: {error!r}"),
     events.DeadlineExpired: (logging.INFO, "shut {peer!r} down after {duration:.1f} s: {deadline}"),
+    events.PreambleFailed: (logging.INFO, "no {stage} from {peer!r}: {reason}"),
+    events.DrainStarted: (logging.INFO, "{server} drains: {connections} open"),
+    events.Drained: (logging.INFO, "{server} {report}"),
     events.AcceptPaused: (logging.WARNING, "{server} pauses accepting: {error}"),
     events.AcceptResumed: (logging.INFO, "{server} accepts again after {duration:.1f} s"),
     events.DatagramCut: (

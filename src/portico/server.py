@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from math import inf
 from time import monotonic as time
@@ -37,8 +37,8 @@ from portico.acceptor import (
     is_open,
     recovery,
 )
-from portico.connection import ClientAddress, Request, is_peer_gone
-from portico.errors import ListenerError
+from portico.connection import ClientAddress, Connection, Request, can_be_tracked, is_peer_gone
+from portico.errors import ListenerError, PhaseError, PreambleError
 from portico.events import (
     AcceptPaused,
     AcceptResumed,
@@ -46,14 +46,28 @@ from portico.events import (
     ConnectionAccepted,
     ConnectionClosed,
     ConnectionRefused,
+    Deadline,
+    DeadlineExpired,
+    Drained,
+    DrainStarted,
     HandlerFailed,
     ListenerLost,
     PeerGone,
+    PreambleFailed,
     RefusalReason,
     ServerStarted,
     ServerStopped,
     emit,
 )
+from portico.guard import Guard, check_timeout
+from portico.lifecycle import DrainReport
+from portico.waits import thread_waits_in_read
+
+MOST_AT_THE_END: Final = 65_536
+"""Connections, or datagrams, that a drain still takes: more than a backlog holds.
+
+A flood that goes on must not keep it from its end.
+"""
 
 
 class BaseServer:
@@ -68,6 +82,55 @@ class BaseServer:
     timeout: float | None = None
     """Seconds that `handle_request` waits before it calls `handle_timeout`; ``None`` waits
     without limit.  `serve_forever` does not look at it."""
+
+    max_connections: int | None = None
+    """Connections that are open at once; ``None`` for no limit."""
+
+    when_full: str = "wait"
+    """What to do with a client for whom there is no place.
+
+    ``"wait"`` leaves it in the backlog until there is one, ``"refuse"`` closes it after a
+    `farewell`, ``"shed"`` closes the connection that has been idle for longest.
+    """
+
+    farewell: bytes = b""
+    """What a client is sent that is refused because there is no place.  Not over TLS."""
+
+    max_connections_per_peer: int | None = None
+    """Connections of one IPv4 address, or of one IPv6 network of 64 bits."""
+
+    accept_rate: float | None = None
+    """Connections, or datagrams, a second on average; ``None`` for no limit."""
+
+    accept_burst: int | None = None
+    """How many may come at once after a quiet time; ``None`` for those of one second."""
+
+    allowed_networks: Iterable[Any] | None = None
+    """Networks and addresses from which one may come, such as ``["10.0.0.0/8", "::1"]``; ``None``
+    for all.  A peer of a Unix socket may always come."""
+
+    denied_networks: Iterable[Any] = ()
+    """Those from which one may not, even if they are allowed."""
+
+    idle_timeout: float | None = None
+    """Seconds that a connection may stay open without a byte in either direction; ``None`` for no
+    limit."""
+
+    request_timeout: float | None = None
+    """Seconds that a connection may stay open in all; ``None`` for no limit."""
+
+    minimum_rate: float | None = None
+    """Bytes a second that a peer has to send while its handler waits; ``None`` for no limit."""
+
+    drain_timeout: float | None = None
+    """Seconds that `drain`, and `server_close` if this is not ``None``, give open connections to
+    finish; ``None`` for no limit."""
+
+    draining: threading.Event
+    """Set when a drain has begun, for handlers that would go on for long."""
+
+    drain_report: DrainReport | None = None
+    """What became of the connections, once a drain is over."""
 
     if TYPE_CHECKING:  # brought by the families
         socket: socket.socket
@@ -84,6 +147,9 @@ class BaseServer:
     __loops: tuple[tuple[int, int], ...] = ()  # the process and the thread of each
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
+    __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop begins
+    __has_served = False
+    _guard = Guard(None)
     _exhaustion: Exhaustion | None = None
 
     def __init__(
@@ -104,6 +170,9 @@ class BaseServer:
         self.__lock = threading.RLock()
         self.__is_shut_down: threading.Event = _Ending()
         self.__shutdown_request = False
+        self.draining = threading.Event()
+        self._guard = Guard(self)
+        self._guard.read_settings()
 
     # --- the life of the server ---------------------------------------------------------
 
@@ -146,6 +215,8 @@ class BaseServer:
                 self.service_actions()
         finally:
             self.__stop(here)
+        if self.__drain_wish is not None:
+            self.drain(*self.__drain_wish)
 
     def shutdown(self) -> None:
         """Make `serve_forever` return, and wait until it has.
@@ -167,6 +238,57 @@ class BaseServer:
         if not serves_here and not is_elsewhere:
             ending.wait()
 
+    def drain(self, timeout: float | None = None) -> DrainReport | None:
+        """Stop accepting, and see the open connections to their end.
+
+        Accepts first what the kernel has completed already, and closes the listener.  Sets
+        `draining`.  Connections that are idle (the last byte that moved was ours, nothing is
+        unread) get end-of-file; the others have time to finish; at the deadline, what is left is
+        closed.
+
+        Callable from any thread, and more than once: later calls join the first.  From a handler it
+        waits for all connections but the handler's own.  In the thread that serves (a signal
+        handler, a handler of the serial engine) it returns at once, and `serve_forever` drains
+        before it returns.
+
+        Args:
+            timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
+                and if that is ``None``, too, without limit.
+
+        Returns:
+            What became of the connections; ``None`` in the thread that serves.
+
+        Raises:
+            PhaseError: The server never served.
+            SettingError: The timeout is negative.
+        """
+        check_timeout("timeout", timeout)
+        limit = self.drain_timeout if timeout is None else timeout
+        with self.__lock:
+            if not self.__has_served:
+                raise PhaseError("created", "draining", "serving or stopped")
+            here = (os.getpid(), threading.get_ident())
+            if here in self.__loops:
+                self.__drain_wish = (timeout,)
+                self.__shutdown_request = True
+                return None
+            drain, is_first = self._guard.drain, self._guard.drain is None
+            if drain is None:
+                drain = self._guard.begin_drain(limit, self._request_here())
+        if is_first:
+            self.draining.set()
+            self.shutdown()
+            if DrainStarted.subscribers:
+                emit(DrainStarted(self, len(self._guard.connections), limit))
+            self.__accept_rest(drain.deadline)
+            self._close_listener()
+            self.drain_report = drain.run(self._wait_event)
+            if Drained.subscribers:
+                emit(Drained(self, self.drain_report))
+        else:
+            self._wait_event(drain.is_over, None)
+        return self.drain_report
+
     def service_actions(self) -> None:
         """Do what the program wants done now and then; for subclasses.
 
@@ -175,8 +297,14 @@ class BaseServer:
         """
 
     def server_close(self) -> None:
-        """Close the server; a serving loop ends.  Callable more than once."""
+        """Close the server; a serving loop ends.  Callable more than once.
+
+        With a `drain_timeout`, open connections are drained first.
+        """
         self.__wake()
+        if self.drain_timeout is not None and self.__has_served and len(self._guard.connections):
+            self.drain()
+        self._guard.close()
 
     def pause_accepting(self, seconds: float | None = None, *, until: Collection[int] = ()) -> None:
         """Leave clients in the backlog for a while.
@@ -216,6 +344,7 @@ class BaseServer:
         Raises:
             ValueError: The listener is closed.
         """
+        self._guard.read_settings()
         limits = (self.socket.gettimeout(), self.timeout)
         timeout = min((limit for limit in limits if limit is not None), default=None)
         deadline = None if timeout is None else time() + timeout
@@ -232,7 +361,11 @@ class BaseServer:
 
     def _handle_request_noblock(self) -> None:
         """Accept one request, which is waiting, and process it: the step of every loop."""
+        guard = self._guard
         try:
+            if guard.gate is not None and (room := guard.await_room()) is not None:
+                self.pause_accepting(until=(room,))
+                return
             request, client_address = self.get_request()
         except OSError as error:
             self.__recover(error)
@@ -244,11 +377,15 @@ class BaseServer:
             if ConnectionAccepted.subscribers:
                 emit(ConnectionAccepted(self, client_address))
             if not self.admit_request(request, client_address):
-                self.__refuse(request, client_address, RefusalReason.NOT_ADMITTED)
-            elif not self.verify_request(request, client_address):
-                self.__refuse(request, client_address, RefusalReason.NOT_VERIFIED)
-            else:
+                reason = guard.refusals.pop(id(request), RefusalReason.NOT_ADMITTED)
+                self._refuse(request, client_address, reason)
+                return
+            if can_be_tracked(request):
+                guard.track(request, client_address)
+            if self._verifies_late or self.verify_request(request, client_address):
                 self.process_request(request, client_address)
+            else:
+                self._refuse(request, client_address, RefusalReason.NOT_VERIFIED)
         except Exception as error:
             self._fail(*_inline.leave(request, client_address), error, started)
         except BaseException as error:
@@ -258,9 +395,13 @@ class BaseServer:
     def admit_request(self, request: Request, client_address: ClientAddress) -> bool:
         """Say whether the server has room for this peer.
 
-        Runs in the acceptor, before `verify_request`, and makes no system call that waits.
+        Applies the limits and networks of the settings.  Runs in the acceptor, before
+        `verify_request`, and makes no system call that waits.
         """
-        return True
+        refusal = self._guard.admit(request, client_address)
+        if refusal is not None:
+            self._guard.refusals[id(request)] = refusal
+        return refusal is None
 
     def verify_request(self, request: Request, client_address: ClientAddress) -> bool:
         """Say whether the program wants this request; for subclasses.
@@ -299,12 +440,16 @@ class BaseServer:
         started = time() if ConnectionClosed.subscribers else None
         inline = _inline.serving
         if inline is not None and inline[0] is request:
-            request, client_address = self.prepare_request(request, client_address)
+            request, client_address = self.__prepare(request, client_address)
             inline[1:] = request, client_address
+            if not self.__verify(request, client_address):
+                return False
             self.finish_request(request, client_address)
         else:
             try:
-                request, client_address = self.prepare_request(request, client_address)
+                request, client_address = self.__prepare(request, client_address)
+                if not self.__verify(request, client_address):
+                    return False
                 self.finish_request(request, client_address)
             except Exception as error:
                 self._fail(request, client_address, error, started)
@@ -312,9 +457,12 @@ class BaseServer:
             except BaseException as error:
                 self._fail(request, client_address, error, started)
                 raise
-        self.shutdown_request(request)
+        connection = self._end(request)
         if started is not None:
-            self.__tell_closed(client_address, CloseReason.FINISHED, started)
+            reason = CloseReason.FINISHED
+            if connection is not None and connection.deadline is not None:
+                reason = CloseReason.DEADLINE
+            self.__tell_closed(client_address, reason, started)
         return True
 
     def prepare_request(
@@ -380,7 +528,9 @@ class BaseServer:
 
     def __start(self) -> Acceptor | None:
         """Return what the loop waits with; ``None`` if a `shutdown` came first."""
+        self._guard.read_settings()
         with self.__lock:  # a shutdown() from now on waits for this loop
+            self.__has_served = True
             if self.__shutdown_request:
                 return None
             if is_open(self) and not is_listening(self):
@@ -460,10 +610,12 @@ class BaseServer:
         if ListenerLost.subscribers:
             emit(ListenerLost(self, error))
 
-    def __refuse(
+    def _refuse(
         self, request: Request, client_address: ClientAddress, reason: RefusalReason
     ) -> None:
-        self.shutdown_request(request)
+        if reason is RefusalReason.TOO_MANY and self.farewell:
+            say_farewell(request, self.farewell)
+        self._end(request)
         if ConnectionRefused.subscribers:
             emit(ConnectionRefused(self, client_address, reason))
 
@@ -476,13 +628,107 @@ class BaseServer:
     ) -> None:
         """End a request whose serving raised `error`, which is being handled."""
         reason = CloseReason.INTERRUPTED
+        connection = self._guard.connections.get(request)
         try:
-            if isinstance(error, Exception):
+            if isinstance(error, PreambleError):
+                reason = CloseReason.NO_PREAMBLE
+                self.__tell_preamble(client_address, connection, error)
+            elif isinstance(error, Exception):
                 reason = self.__tell_failure(request, client_address, error)
+                if connection is not None and connection.deadline is not None:
+                    reason = CloseReason.DEADLINE
                 self.handle_error(request, client_address)
         finally:
-            self.shutdown_request(request)
+            self._end(request)
             self.__tell_closed(client_address, reason, started)
+
+    def _end(self, request: Request) -> Connection | None:
+        """Shut a request down, and give its place back; the only way in which one ends."""
+        guard = self._guard
+        connection = guard.connections.get(request)
+        try:
+            self.shutdown_request(request)
+        finally:
+            # The family has done so when it closed the connection, unless a program keeps that
+            # from happening, to go on with the connection elsewhere.
+            if connection is not None and guard.note_closing(request) is not None:
+                guard.note_closed(connection)
+        return connection
+
+    def __prepare(
+        self, request: Request, client_address: ClientAddress
+    ) -> tuple[Request, ClientAddress]:
+        """Have a request prepared, and know it under what it has become."""
+        connection = self._guard.connections.get(request)
+        if connection is not None:
+            connection.thread = threading.get_native_id()
+        prepared = self.prepare_request(request, client_address)
+        if prepared[0] is not request:
+            self._exchange_request(request, prepared[0])
+        return prepared
+
+    def _exchange_request(self, before: Request, request: Request) -> None:
+        """Note that a connection has another socket object from now on."""
+        self._guard.connections.exchange(before, request)
+
+    def __verify(self, request: Request, client_address: ClientAddress) -> bool:
+        """Ask the program about a peer that was not known before its preamble."""
+        if not self._verifies_late:
+            return True
+        refusal = self._guard.admit_peer(request, client_address)
+        if refusal is None and not self.verify_request(request, client_address):
+            refusal = RefusalReason.NOT_VERIFIED
+        if refusal is not None:
+            self._refuse(request, client_address, refusal)
+        return refusal is None
+
+    def __accept_rest(self, deadline: float) -> None:
+        """Accept what the kernel completed before now: no more than the backlog holds."""
+        if not is_open(self) or not is_listening(self):
+            return
+        with Acceptor(self) as acceptor:
+            left = MOST_AT_THE_END
+            while left and (remaining := deadline - time()) > 0:
+                if self.__pause is not None:
+                    self.__wait(acceptor, None if remaining == inf else remaining)
+                elif acceptor.wait(0):
+                    self._handle_request_noblock()
+                    left -= 1
+                else:
+                    break
+
+    @property
+    def _verifies_late(self) -> bool:
+        """Whether the client address is not known before `prepare_request`."""
+        return False
+
+    def _close_listener(self) -> None:
+        """Close the listener, and nothing else; for the families."""
+
+    def _waits_to_read(self, connection: Connection) -> bool | None:
+        """Say whether the handler of a connection waits for bytes of it; an engine may know better.
+
+        Here, whether the thread does that serves it; ``None`` if nobody knows.
+        """
+        if connection.thread is None:
+            return None
+        try:
+            descriptor = connection.request.fileno()
+        except (OSError, ValueError):
+            return None
+        return thread_waits_in_read(connection.thread, descriptor)
+
+    def _request_here(self) -> Request | None:
+        """Return the request that the calling thread serves, as far as the engine knows."""
+        thread = threading.get_native_id()
+        for connection in self._guard.connections:
+            if connection.thread == thread:
+                return connection.request
+        return None
+
+    def _wait_event(self, event: threading.Event, seconds: float | None) -> None:
+        """Wait for an event in the way of the engine."""
+        event.wait(seconds)
 
     def __tell_failure(
         self, request: Request, client_address: ClientAddress, error: Exception
@@ -496,11 +742,35 @@ class BaseServer:
             emit(HandlerFailed(self, client_address, error))
         return CloseReason.FAILED
 
+    def __tell_preamble(
+        self, client_address: ClientAddress, connection: Connection | None, error: PreambleError
+    ) -> None:
+        """Tell the events that a peer did not get as far as its handler."""
+        if not error.is_late:
+            if PreambleFailed.subscribers:
+                emit(PreambleFailed(self, client_address, error.stage, error.reason))
+        elif DeadlineExpired.subscribers:
+            since = time() if connection is None else connection.accepted
+            emit(DeadlineExpired(self, client_address, Deadline.HANDSHAKE, time() - since))
+
     def __tell_closed(
         self, client_address: ClientAddress, reason: CloseReason, started: float | None
     ) -> None:
         if started is not None:
             emit(ConnectionClosed(self, client_address, reason, time() - started))
+
+
+def say_farewell(request: Request, farewell: bytes) -> None:
+    """Send a few last words to a client, without waiting for it.
+
+    What it has said already is read: closing a connection with unread bytes resets it, and then the
+    words may be lost.
+    """
+    try:
+        request.send(farewell, socket.MSG_DONTWAIT)
+        request.recv(65536, socket.MSG_DONTWAIT)
+    except (OSError, AttributeError, TypeError):  # gone, or no connection
+        pass
 
 
 class _Inline(threading.local):

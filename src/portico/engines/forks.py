@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 import traceback
 from collections.abc import Collection
-from time import sleep
-from typing import Final, NoReturn
+from math import inf
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from portico.connection import ClientAddress, Request
 from portico.engines import Hooks, serve
 
+if TYPE_CHECKING:
+    from portico.guard import Guard
+
 LOOK_INTERVAL: Final = 0.05
-"""Seconds between two looks for a child that ended, at the limit, on systems without pidfds."""
+"""Seconds between two looks for a child that ended, where no descriptor tells."""
 
 
 class ForkingMixIn(Hooks):
@@ -49,6 +54,7 @@ class ForkingMixIn(Hooks):
         children = self.active_children
         if not children:
             return
+        guard = self._get_guard()
         for child in tuple(children):  # a copy: collecting removes it from the set
             try:
                 ended, _ = os.waitpid(child, 0 if blocking else os.WNOHANG)
@@ -56,6 +62,8 @@ class ForkingMixIn(Hooks):
                 ended = child
             if ended:
                 children.discard(child)
+                if guard is not None:
+                    guard.note_child_end(child)
         if len(children) < self.max_children:
             self._leave_limit()
         else:
@@ -79,12 +87,17 @@ class ForkingMixIn(Hooks):
                 goes on.
         """
         self._wait_below_limit()
+        guard = self._get_guard()
         child = os.fork()
         if child == 0:
+            if guard is not None:
+                guard.enter_child(request)
             self._serve_and_exit(request, client_address)
         if self.active_children is None:
             self.active_children = set()
         self.active_children.add(child)
+        if guard is not None:
+            guard.hand_to_child(child, request)
         self.close_request(request)  # not shut down: the child uses the same connection
         if len(self.active_children) >= self.max_children:
             self._rest_at_limit()
@@ -94,6 +107,17 @@ class ForkingMixIn(Hooks):
         super().server_close()
         self.collect_children(blocking=self.block_on_close)
         self._close_exits()
+
+    def _get_guard(self) -> Guard | None:
+        """Return what counts the connections, on a server of ours."""
+        return getattr(self, "_guard", None)
+
+    def _wait_event(self, event: threading.Event, seconds: float | None) -> None:
+        """Wait for an event that the end of a child may set: children are collected meanwhile."""
+        deadline = inf if seconds is None else monotonic() + seconds
+        while not event.is_set() and (remaining := deadline - monotonic()) > 0:
+            self.collect_children()
+            event.wait(min(remaining, LOOK_INTERVAL))
 
     def _serve_and_exit(self, request: Request, client_address: ClientAddress) -> NoReturn:
         """Serve the request in the child, and end it whatever happens."""

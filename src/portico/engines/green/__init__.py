@@ -16,13 +16,18 @@ import threading
 from _thread import get_ident
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from portico.connection import ClientAddress, Request
+from greenlet import getcurrent
+
+from portico.connection import ClientAddress, Connection, Request
 from portico.engines import serve
 from portico.engines.green import tls
 from portico.engines.green.acceptor import GreenAcceptor, prepare_listener
-from portico.engines.green.crew import Crew, Crews, Outcome, crew_here, here
+from portico.engines.green.crew import Crew, Crews, Outcome, Worker, crew_here, here
+from portico.engines.green.hub import running
 from portico.engines.green.plain import plain_path
 from portico.engines.green.sockets import GreenSocket, Lineage
 from portico.engines.green.watchdog import Watchdog
@@ -35,6 +40,9 @@ else:
 
 PLAIN_FAMILIES: Final = frozenset({"portico.families", "socketserver"})
 """Modules whose `TCPServer.get_request` accepts a connection and does nothing else."""
+
+EVENT_INTERVAL: Final = 0.01
+"""Seconds between two looks of a greenlet at an event that another thread sets."""
 
 _starting = threading.Lock()  # guards `GreenMixIn._green` of all servers while it is made
 
@@ -172,6 +180,31 @@ class GreenMixIn(_Base):
         if not self.coalesce_writes and isinstance(request, GreenSocket):
             request.coalesces = False
         serve(self, request, client_address)
+
+    # --- what the engine knows of a handler ---------------------------------------------
+
+    def _waits_to_read(self, connection: Connection) -> bool | None:
+        request = connection.request
+        return request.watch.reader is not None if isinstance(request, GreenSocket) else None
+
+    def _request_here(self) -> Request | None:
+        worker = getcurrent()
+        return worker.request if isinstance(worker, Worker) else None
+
+    def _exchange_request(self, before: Request, request: Request) -> None:
+        worker = getcurrent()
+        if isinstance(worker, Worker):
+            worker.request = request
+        super()._exchange_request(before, request)
+
+    def _wait_event(self, event: threading.Event, seconds: float | None) -> None:
+        hub = running()
+        if hub is None or hub.is_current():
+            event.wait(seconds)
+            return
+        deadline = inf if seconds is None else monotonic() + seconds
+        while not event.is_set() and (remaining := deadline - monotonic()) > 0:
+            hub.sleep(min(remaining, EVENT_INTERVAL))
 
     # --- inside -------------------------------------------------------------------------
 

@@ -44,13 +44,15 @@ LINGER: Final = 5.0
 class Worker(greenlet):
     """A greenlet that serves one request after another."""
 
-    __slots__ = ("client_address", "crew")
+    __slots__ = ("client_address", "crew", "request")
 
     def __init__(self, crew: Crew) -> None:
         super().__init__(parent=crew.hub.greenlet)
         self.crew = crew
         self.client_address: ClientAddress = None
         """Of the request under way."""
+        self.request: Request = None
+        """The request under way, as it was accepted."""
 
     # Written out for speed, hence long.
     def run(  # noqa: C901, PLR0912  # pyright: ignore[reportIncompatibleMethodOverride]  # its way
@@ -62,6 +64,7 @@ class Worker(greenlet):
         while True:
             while requests:
                 request, self.client_address, is_plain = requests.popleft()
+                self.request = request
                 try:
                     if not is_plain:
                         server.process_request_thread(request, self.client_address)
@@ -86,7 +89,7 @@ class Worker(greenlet):
                 crew.busy -= 1
             if hub.is_forked:  # the handler forked, and this is the child, which ends with it
                 os._exit(0)
-            self.client_address = request = None
+            self.client_address = self.request = request = None
             if not crew.release(self):
                 return
             hub.greenlet.switch()
@@ -246,7 +249,10 @@ class Crew:
         What the family or the program accepted as a plain socket is made green.
         """
         if type(request) is not GreenSocket:
-            request = self._make_green(request)
+            accepted, request = request, self._make_green(request)
+            guard = getattr(self.server, "_guard", None)
+            if guard is not None and request is not accepted:
+                guard.connections.exchange(accepted, request)
         self.requests.append((request, client_address, False))
         self.busy += 1
         self.schedule()

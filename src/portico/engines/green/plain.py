@@ -16,6 +16,7 @@ import socket
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
+from portico.connection import Connection
 from portico.engines.green.sockets import NOW, Lineage
 from portico.events import ConnectionAccepted, ConnectionClosed
 from portico.families import TCPServer, UDPServer
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from portico.engines.green.crew import Crew
 
 OF_EVERY_SERVER: Final = {
-    name: getattr(BaseServer, name)
+    name: getattr(TCPServer, name)
     for name in (
         "_handle_request_noblock",
         "admit_request",
@@ -88,31 +89,49 @@ class PlainPath:
 
     def _is_plain(self) -> bool:
         """Say whether everything that is left out would do what it does here."""
-        server: BaseServer = self._server
+        server: TCPServer = self._server
+        guard = server._guard
         return (
             self._find(self._kind) == self._expected
             and self._names.isdisjoint(vars(server))
             and server.socket is self._listener
             and self._server.coalesce_writes
             and server._exhaustion is None
+            and guard.drain is None
+            and (guard.gate is None or self._crew.closes_plainly)
+            and server.ssl_context is None
+            and server.proxy_protocol is None
             and not ConnectionAccepted.subscribers
             and not ConnectionClosed.subscribers
         )
 
     def _take_connections(self, acceptor: GreenAcceptor, most: int) -> bool:
         """Accept connections."""
-        lineage = self._crew.lineage
+        lineage, guard = self._crew.lineage, self._server._guard
         assert lineage is not None
         accept, requests = lineage.accept, self._crew.requests
+        by_request, gate = guard.connections.by_request, guard.gate
         before = len(requests)
         try:
             for _ in range(most):
+                if gate is not None and gate.is_full:  # what to do then is for the step
+                    break
                 request, client_address = accept()
+                connection = Connection(request, client_address)
+                if gate is not None:
+                    refusal = gate.admit(client_address, connection.accepted)
+                    if refusal is not None:
+                        self._server._refuse(request, client_address, refusal)
+                        continue
+                    connection.gate = gate
+                by_request[id(request)] = connection
                 requests.append((request, client_address, True))
                 if acceptor.is_woken:
                     break
         except OSError:  # most often that there are no more; what it was, the next step will tell
             pass
+        if guard.keeper is not None and guard.keeper.is_asleep:
+            guard.keeper.wake()
         return self._schedule(len(requests) - before)
 
     def _take_datagrams(self, acceptor: GreenAcceptor, most: int) -> bool:

@@ -1,0 +1,187 @@
+"""Let connections in as the rules say, whatever threads they come and go in.
+
+Owns the lock around an `Admission`, and how an acceptor that waits for room learns of it.  Leaves
+deciding to `portico.admission`; what is done with one who may not come in, to the server.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from enum import StrEnum
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from portico.admission import Admission, AdmissionRules
+from portico.errors import SettingError
+
+if TYPE_CHECKING:
+    from portico.events import RefusalReason
+
+
+class WhenFull(StrEnum):
+    """What to do with a client for whom there is no place among `max_connections`."""
+
+    WAIT = "wait"
+    """Leave it in the backlog of the kernel until there is one."""
+    REFUSE = "refuse"
+    """Accept it, say farewell, and close it."""
+    SHED = "shed"
+    """Close the connection that has been idle for longest, and give it the place."""
+
+
+def read_when_full(value: object) -> WhenFull:
+    """Read the setting `when_full`.
+
+    Raises:
+        SettingError: It is none of the three words.
+    """
+    try:
+        return WhenFull(str(value))
+    except ValueError:
+        words = ", ".join(f"{word.value!r}" for word in WhenFull)
+        raise SettingError("when_full", value, f"one of {words}") from None
+
+
+class Gate:
+    """Where the connections of one server come in and leave.
+
+    Callable from any thread.
+
+    Args:
+        rules: Who may come in.
+        when_full: What to do when `max_connections` are open.
+        counts_peers: Whether those who come in are the peers.  If not, they are proxies, and
+            the rules for peers hold for whom they speak for (`admit_peer`).
+    """
+
+    def __init__(
+        self, rules: AdmissionRules, when_full: WhenFull, *, counts_peers: bool = True
+    ) -> None:
+        self.when_full = when_full
+        self.knows_proxies = not counts_peers
+        self._lock = Lock()  # guards all that follows
+        self._places = Admission(rules if counts_peers else _of_places(rules))
+        self._peers = None if counts_peers else Admission(_of_peers(rules))
+        self._room: Room | None = None  # made when somebody waits for it first
+        self._is_awaited = False
+
+    @property
+    def active(self) -> int:
+        """Connections that have a place."""
+        return self._places.active
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place is taken."""
+        return self._places.is_full
+
+    def admit(self, client_address: Any, now: float) -> RefusalReason | None:
+        """Give a connection a place, or say why it gets none.
+
+        Args:
+            client_address: What accept(2) told.
+            now: The instant, by `time.monotonic`.
+        """
+        with self._lock:
+            return self._places.decide(client_address, now)
+
+    def admit_peer(self, peer: Any, now: float) -> RefusalReason | None:
+        """Admit whom a proxy speaks for, or say why not; only if it `knows_proxies`.
+
+        Args:
+            peer: Its address, as the proxy told it.
+            now: The instant, by `time.monotonic`.
+        """
+        assert self._peers is not None
+        with self._lock:
+            return self._peers.decide(peer, now)
+
+    def leave(self, client_address: Any) -> None:
+        """Take the place of an admitted connection back."""
+        with self._lock:
+            self._places.leave(client_address)
+            if self._is_awaited:
+                self._is_awaited = False
+                assert self._room is not None
+                self._room.tell()
+
+    def leave_peer(self, peer: Any) -> None:
+        """Note that a connection has ended whose peer `admit_peer` has admitted."""
+        assert self._peers is not None
+        with self._lock:
+            self._peers.leave(peer)
+
+    def await_room(self) -> int | None:
+        """Return a descriptor that is readable as soon as there is a place; ``None`` if there is.
+
+        Raises:
+            OSError: There is none, and the system has no descriptor left to wait for it.
+        """
+        with self._lock:
+            if not self._places.is_full:
+                return None
+            if self._room is None:
+                self._room = Room()
+            self._room.clear()
+            self._is_awaited = True
+            return self._room.fileno()
+
+    def close(self) -> None:
+        """Release the descriptors; to be called when nobody waits for room any more."""
+        with self._lock:
+            self._is_awaited = False
+            room, self._room = self._room, None
+            if room is not None:
+                room.close()
+
+
+class Room:
+    """A pipe that is readable when there is room again."""
+
+    _reader = _writer = -1  # if the system has no descriptor for them
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for."""
+        return self._reader
+
+    def tell(self) -> None:
+        """Make it readable."""
+        os.write(self._writer, b"\0")
+
+    def clear(self) -> None:
+        """Make it unreadable."""
+        with suppress(BlockingIOError):  # it is already
+            os.read(self._reader, 64)
+
+    def close(self) -> None:
+        """Close the pipe.  Callable again."""
+        if self._reader >= 0:
+            os.close(self._reader)
+            os.close(self._writer)
+            self._reader = self._writer = -1
+
+
+def _of_places(rules: AdmissionRules) -> AdmissionRules:
+    """Return the rules that hold for everyone, whoever it is."""
+    return AdmissionRules(
+        max_connections=rules.max_connections,
+        accept_rate=rules.accept_rate,
+        accept_burst=rules.accept_burst,
+    )
+
+
+def _of_peers(rules: AdmissionRules) -> AdmissionRules:
+    """Return the rules that depend on who it is."""
+    return AdmissionRules(
+        max_connections_per_peer=rules.max_connections_per_peer,
+        allowed_networks=rules.allowed_networks,
+        denied_networks=rules.denied_networks,
+    )

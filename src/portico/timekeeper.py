@@ -1,0 +1,146 @@
+"""Look at the open connections of a server when their time may be over, and end those whose is.
+
+Owns the thread that looks, one for all connections, and when it wakes.  Leaves judging to
+`portico.deadlines`, the facts to `portico.traffic`, and what a handler waits for to its engine.
+
+A connection costs nothing until it is looked at, and one that ends before its first look never is.
+The thread sleeps while no connection is open, so an idle server does not wake for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from portico.deadlines import Deadlines, Memory, Rules
+from portico.events import Deadline, DeadlineExpired, emit
+from portico.traffic import look
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from portico.connection import Connection, Connections
+
+WaitsToRead = Callable[["Connection"], "bool | None"]
+"""Says whether the handler of a connection waits for bytes of it; ``None`` if nobody knows."""
+
+
+class Timekeeper:
+    """Ends the connections of one server that exceed a limit in time.
+
+    Args:
+        server: Whose; the events carry it.
+        connections: Those that are open.
+        rules: The limits.
+        waits_to_read: What the engine knows of a handler.
+    """
+
+    def __init__(
+        self,
+        server: Any,
+        connections: Connections,
+        rules: Rules,
+        waits_to_read: WaitsToRead,
+    ) -> None:
+        self.is_asleep = True
+        """Whether it has to be woken for a connection that comes: `wake`."""
+        self.process = os.getpid()
+        self._server = server
+        self._connections = connections
+        self._deadlines = Deadlines(rules)
+        self._waits_to_read = waits_to_read
+        self._pause = self._deadlines.first_look(0.0)
+        self._lock = threading.Lock()  # guards _thread, is_asleep
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def wake(self) -> None:
+        """Begin to look: a connection has come.  Callable from any thread.
+
+        Without a thread to be had, connections are served without limits until the next one comes.
+        """
+        with self._lock:
+            self.is_asleep = False
+            if self._thread is None and not self._is_closed:
+                thread = threading.Thread(
+                    target=self._run, name=f"{type(self._server).__name__} timekeeper", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self.is_asleep = True
+                else:
+                    self._thread = thread
+        self._changed.set()
+
+    def close(self) -> None:
+        """Stop looking once no connection is open; the thread ends then.
+
+        Callable from any thread, and again.
+        """
+        with self._lock:
+            self._is_closed = True
+        self._changed.set()
+
+    def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            if self._may_sleep():
+                if self._is_closed:  # not before the last connection has ended
+                    return
+                self._changed.wait()
+                continue
+            next_look = self.look_at_all(monotonic())
+            # Whoever comes meanwhile is looked at after `_pause` at the latest, which is in time
+            # for its first look.
+            self._changed.wait(max(0.0, min(next_look - monotonic(), self._pause)))
+
+    def _may_sleep(self) -> bool:
+        """Note that nobody is looked at, if nobody is there."""
+        with self._lock:
+            # First the note, then the look: who comes after it wakes us.
+            self.is_asleep = True
+            if len(self._connections):
+                self.is_asleep = False
+            return self.is_asleep
+
+    def look_at_all(self, now: float) -> float:
+        """Look at the connections that are due, and end those whose time is over.
+
+        Args:
+            now: The instant, by `time.monotonic`.
+
+        Returns:
+            When the next one of these is due.
+        """
+        earliest = inf
+        for connection in self._connections:
+            if connection.next_look <= now:
+                self._look_at(connection, now)
+            earliest = min(earliest, connection.next_look)
+        return earliest
+
+    def _look_at(self, connection: Connection, now: float) -> None:
+        if connection.memory is None:
+            connection.memory = Memory(connection.accepted)
+            connection.next_look = self._deadlines.first_look(connection.accepted)
+            if connection.next_look > now:
+                return
+        verdict = self._deadlines.judge(
+            connection.memory, now, look(connection.request), self._waits_to_read(connection)
+        )
+        connection.next_look = verdict.next_look
+        if verdict.deadline is not None:
+            self._end(connection, verdict.deadline, now)
+
+    def _end(self, connection: Connection, deadline: Deadline, now: float) -> None:
+        connection.deadline = deadline
+        connection.next_look = inf  # nothing more can be done to one that goes on all the same
+        if self._connections.interrupt(connection) and DeadlineExpired.subscribers:
+            duration = now - connection.accepted
+            emit(DeadlineExpired(self._server, connection.client_address, deadline, duration))
