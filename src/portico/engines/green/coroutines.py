@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import socket
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from portico.connection import ClientAddress, Request
 from portico.engines.green.bridge import await_
@@ -19,8 +19,14 @@ from portico.handlers import BaseRequestHandler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    # A step of BaseRequestHandler returns None, and type checkers hold every override to that,
+    # however many classes lie between.  So to them alone a handler of coroutines is none.
+    _Base: TypeAlias = object
+else:
+    _Base = BaseRequestHandler
 
-class AsyncRequestHandler(BaseRequestHandler):
+
+class AsyncRequestHandler(_Base):
     """One request, handled by coroutines: `setup`, then `handle`, then `finish`.
 
     Each may be ``async def`` or plain; `finish` runs also when `handle` raised.
@@ -37,6 +43,16 @@ class AsyncRequestHandler(BaseRequestHandler):
         self.client_address = client_address
         self.server = server
         await_(self._run())
+
+    # Any, because what a step returns is awaited if it can be: overrides may be ``async def``.
+    def setup(self) -> Any:
+        """Prepare what `handle` needs."""
+
+    def handle(self) -> Any:
+        """Serve the request; for subclasses."""
+
+    def finish(self) -> Any:
+        """Clean up after `handle`."""
 
     async def _run(self) -> None:
         await call(self.setup)
@@ -62,13 +78,13 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
-    async def setup(self) -> None:  # type: ignore[override]  # awaited by _run
+    async def setup(self) -> None:
         """Make `reader` and `writer`."""
         self.reader, self.writer = await asyncio.open_connection(
             sock=hand_over(self.request), limit=self.limit
         )
 
-    async def finish(self) -> None:  # type: ignore[override]  # awaited by _run
+    async def finish(self) -> None:
         """Send what is left, and close the connection; a peer that is gone is no error."""
         self.writer.close()
         try:
@@ -92,13 +108,13 @@ class AsyncDatagramRequestHandler(AsyncRequestHandler):
     rfile: BytesIO
     wfile: BytesIO
 
-    def setup(self) -> None:
+    def setup(self) -> Any:
         """Make `rfile` and `wfile`."""
         self.packet, self.socket = self.request
         self.rfile = BytesIO(self.packet)
         self.wfile = BytesIO()
 
-    def finish(self) -> None:
+    def finish(self) -> Any:
         """Send the reply, unless the sender has no address to send it to."""
         if self.client_address is not None:
             self.socket.sendto(self.wfile.getvalue(), self.client_address)
