@@ -16,7 +16,10 @@ import threading
 from _thread import get_ident
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from greenlet import getcurrent
 
 from portico.connection import ClientAddress, Request
 from portico.engines import serve
@@ -48,6 +51,8 @@ class Green:
         self.token = threading.Lock() if server.max_hubs > 1 else None
         # Held by the hub that runs the hooks of the accept path; ``None`` if there is but one.
         self.is_serving = False
+        self.context = copy_context()
+        # Of who accepts: a request begins with a copy.
 
 
 class GreenMixIn(_Base):
@@ -159,6 +164,7 @@ class GreenMixIn(_Base):
         crew = here.get(get_ident())
         if crew is None or crew.server is not self:
             green = self._get_green()
+            green.context = copy_context()
             green.crews.submit(request, client_address)
             green.watchdog.watch(green.crews)
             return
@@ -169,7 +175,11 @@ class GreenMixIn(_Base):
         """Serve the request; what the greenlet runs."""
         if not self.coalesce_writes and isinstance(request, GreenSocket):
             request.coalesces = False
-        serve(self, request, client_address)
+        green: Green | None = self.__dict__.get("_green")
+        if green is not None and green.context:
+            green.context.copy().run(serve, self, request, client_address)
+        else:  # a worker gives each request an empty context, which is the copy of an empty one
+            serve(self, request, client_address)
 
     # --- inside -------------------------------------------------------------------------
 
@@ -193,6 +203,7 @@ class GreenMixIn(_Base):
     def _loop(self, green: Green, loop: Callable[[float], None], poll_interval: float) -> None:
         """Run the serving loop in a greenlet of the first hub."""
         green.is_serving = True
+        green.context = own_context()
         try:
             loop(poll_interval)
         finally:
@@ -239,7 +250,8 @@ class GreenMixIn(_Base):
         green = self._get_green()
         with suppress(OSError, RuntimeError):  # no descriptor or thread left: as it was, then
             crew = green.crews.start(is_additional=True)
-            crew.serve(lambda: self._serve_additionally(crew), None)
+            # This is the watchdog's thread; the loop is to see what the other loops see.
+            green.context.copy().run(crew.serve, lambda: self._serve_additionally(crew), None)
 
     def _end_loop(self, outcome: Outcome) -> None:
         """See that the loop accepts no more, without waiting for a hub that is held."""
@@ -263,6 +275,12 @@ class GreenMixIn(_Base):
                 if green is None or green.process != os.getpid():
                     green = self._green = Green(self)
         return green
+
+
+def own_context() -> Context:
+    """Return the context of the calling greenlet: the one that it changes, not a copy."""
+    context = getcurrent().gr_context
+    return copy_context() if context is None else context
 
 
 def is_own_get_request(server: Any) -> bool:
