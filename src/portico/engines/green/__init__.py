@@ -4,7 +4,8 @@
 - `hub.Hub` is the event loop, an asyncio loop that resumes greenlets in its selector `poller`;
 - `sockets.GreenSocket`, `tls.GreenSSLSocket`: what waits by switching, through a `watch.Watch`;
 - `acceptor.GreenAcceptor`: how the serving loop waits;
-- `bridge`: waiting for other things in handlers; `coroutines`: handlers with ``async def``;
+- `bridge`: waiting for other things in handlers; `coroutines`: handlers with ``async def``, and
+  `transports`, which gives them TLS connections;
 - `watchdog`: finds handlers that hold a hub.
 """
 

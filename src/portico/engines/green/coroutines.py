@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from portico.connection import ClientAddress, Request
 from portico.engines.green.bridge import await_
+from portico.engines.green.transports import is_tls, open_tls_streams
 from portico.handlers import BaseRequestHandler
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ class AsyncRequestHandler(_Base):
 
 
 class AsyncStreamRequestHandler(AsyncRequestHandler):
-    """A connection as asyncio's streams.
+    """A connection as asyncio's streams, with or without TLS.
+
+    A request that is an `ssl.SSLSocket` is used as it is, after its handshake if that is still to
+    come.  Where the peer may say goodbye first, ``writer`` still writes to it.
 
     A subclass that has its own `setup` or `finish` awaits those of this class.
 
@@ -80,17 +84,19 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
 
     async def setup(self) -> None:
         """Make `reader` and `writer`."""
-        self.reader, self.writer = await asyncio.open_connection(
-            sock=hand_over(self.request), limit=self.limit
-        )
+        self.reader, self.writer = await open_streams(self.request, limit=self.limit)
 
     async def finish(self) -> None:
         """Send what is left, and close the connection; a peer that is gone is no error."""
-        self.writer.close()
+        await close(self.writer)
+
+    async def _run(self) -> None:
         try:
-            await self.writer.wait_closed()
-        except OSError:
-            pass
+            await super()._run()
+        finally:
+            writer = vars(self).get("writer")
+            if writer is not None:  # a finish of the program's own may not have closed it
+                await close(writer)
 
 
 class AsyncDatagramRequestHandler(AsyncRequestHandler):
@@ -125,6 +131,31 @@ async def call(step: Callable[[], Any]) -> None:
     result = step()
     if inspect.isawaitable(result):
         await result
+
+
+async def open_streams(
+    request: Request, *, limit: int
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return asyncio's streams on a connection, which belongs to them from then on.
+
+    Raises:
+        OSError: A handshake that was still to come failed, or took too long.
+    """
+    if is_tls(request):
+        return await open_tls_streams(request, limit=limit)
+    return await asyncio.open_connection(sock=hand_over(request), limit=limit)
+
+
+async def close(writer: asyncio.StreamWriter) -> None:
+    """Send what is left, and close the connection; a peer that is gone is no error."""
+    writer.close()
+    try:
+        await writer.wait_closed()
+    except OSError:
+        pass
+    except BaseException:  # nobody waits any longer for what is left
+        writer.transport.abort()
+        raise
 
 
 def hand_over(request: Request) -> socket.socket:
