@@ -35,6 +35,15 @@ not one of them.
 """
 
 
+LOST: Final = "_portico_lost"
+"""Where an error keeps the request whose loss it tells, once that is closed and cannot be asked."""
+
+
+def mark_peer_gone(request: Request, error: OSError) -> None:
+    """Note that `error` tells the loss of this very request's peer, for `is_peer_gone`."""
+    vars(error)[LOST] = request
+
+
 def is_peer_gone(request: Request, error: Exception) -> bool:
     """Say whether `error` only tells that the peer of `request` vanished.
 
@@ -42,6 +51,8 @@ def is_peer_gone(request: Request, error: Exception) -> bool:
     a database, which is worth a traceback.  So the kernel is asked whether *this* connection
     is down in both directions.
     """
+    if vars(error).get(LOST, is_peer_gone) is request:
+        return True
     if not isinstance(error, OSError) or error.errno not in PEER_GONE_ERRNOS:
         return False
     poll = select.poll()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -359,12 +360,50 @@ def test_a_peer_that_vanishes_ends_a_write(serve: Serve, connect: Connect) -> No
                 await self.writer.drain()
 
     hooks = {"handle_error": lambda *_: None}
-    with recorded(HandlerFailed) as failed, serve(Pour, **hooks) as server:
+    with recorded(PeerGone, HandlerFailed) as failed, serve(Pour, **hooks) as server:
         client = connect(server)
         take(client, 100)
         reset(client)
         eventually(lambda: failed, "the handler is told")
-    assert [isinstance(event.error, OSError) for event in failed] == [True]
+    assert len(failed) == 1
+
+
+@pytest.mark.parametrize("kind", IN_PROCESS, ids=lambda kind: kind.__name__)
+def test_a_plain_peer_that_vanishes_is_told_as_such(
+    kind: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By an event, and without a traceback, as where a sequential handler waits for it."""
+
+    class Wait(AsyncStreamRequestHandler):
+        async def handle(self) -> None:
+            self.writer.write(b"!")
+            await self.reader.read()
+
+    with (
+        recorded(PeerGone) as gone,
+        nothing_left_behind(),
+        kind(("127.0.0.1", 0), Wait) as server,
+    ):
+        loop = Call(server.serve_forever)
+        client = socket.create_connection(server.server_address, PATIENCE)
+        assert client.recv(1) == b"!"
+        reset(client)
+        eventually(lambda: gone, "the event is told")
+        server.shutdown()
+        loop.result()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_connection_elsewhere_that_vanishes_is_a_failure(serve: Serve, connect: Connect) -> None:
+    class Broken(AsyncStreamRequestHandler):
+        async def handle(self) -> None:
+            raise ConnectionResetError(errno.ECONNRESET, "of the database")
+
+    hooks = {"handle_error": lambda *_: None}
+    with recorded(HandlerFailed) as failed, serve(Broken, **hooks) as server:
+        with connect(server) as client:
+            assert last_words(client) == b""
+    assert len(failed) == 1
 
 
 def test_a_timeout_of_asyncio_leaves_the_connection_usable(serve: Serve, connect: Connect) -> None:

@@ -12,7 +12,7 @@ import socket
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from portico.connection import ClientAddress, Request
+from portico.connection import ClientAddress, Request, mark_peer_gone
 from portico.engines.green.bridge import await_
 from portico.engines.green.transports import is_tls, open_tls_streams
 from portico.handlers import BaseRequestHandler
@@ -93,6 +93,12 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
     async def _run(self) -> None:
         try:
             await super()._run()
+        except ConnectionError as error:
+            # Of this connection, or of one that the handler has to somewhere else?
+            reader = vars(self).get("reader")
+            if reader is not None and isinstance(reader.exception(), ConnectionError):
+                mark_peer_gone(self.request, error)
+            raise
         finally:
             writer = vars(self).get("writer")
             if writer is not None:  # a finish of the program's own may not have closed it
