@@ -149,8 +149,6 @@ class ErrandServer(portico.TCPServer):
     """TLS, if there is a certificate, and short words about clients that misbehave."""
 
     allow_reuse_address = True
-    daemon_threads = True  # no client keeps the program from ending
-    block_on_close = False
     context: ssl.SSLContext | None = None
 
     def prepare_request(self, request: Any, client_address: Any) -> tuple[Any, Any]:
@@ -192,7 +190,8 @@ def main() -> None:
         parser.error("--cert and --key belong together")
     context = None if options.cert is None else server_context(options.cert, options.key)
     bases = (*ENGINES[options.engine], ErrandServer)  # the engine first, the family last
-    server_class: Any = type("Server", bases, {"context": context})
+    settings = {"context": context, "daemon_threads": True, "block_on_close": False}  # a quick end
+    server_class: Any = type("Server", bases, settings)
     try:
         server = server_class(("127.0.0.1", options.port), ErrandHandler)
     except (OSError, OverflowError) as error:
@@ -210,7 +209,11 @@ def main() -> None:
     secure = f"openssl s_client -quiet -CAfile {options.cert} -connect {place}"
     print(f"Try: {secure if options.cert else f'socat - TCP:{place}'}", flush=True)
     with server:
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        finally:
+            for child in getattr(server, "active_children", None) or ():  # of the forks engine
+                os.kill(child, signal.SIGTERM)
 
 
 if __name__ == "__main__":
