@@ -20,6 +20,7 @@ from portico import cli, events, service, swap
 from portico.address import parse
 from portico.engines import ENGINES
 from portico.service import Tally
+from tests.support import recorded
 
 HANDLER = "portico:BaseRequestHandler"
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -82,6 +83,9 @@ def test_every_command_explains_itself(command: list[str], option: str) -> None:
         (["run"], "Missing argument 'PROGRAM'"),
         (["run", "--engine", "no", "a.py"], "'no' is not one of"),
         (["run", "--no-such", "a.py"], "No such option"),
+        (["serve", HANDLER, LOOPBACK, "--hubs", "0"], "0 is not in the range x>=1"),
+        (["serve", HANDLER, LOOPBACK, "--hubs", "many"], "'many' is not a valid integer"),
+        (["run", "--engine", "green", "--hubs", "-1", "a.py"], "-1 is not in the range x>=1"),
     ],
 )
 def test_wrong_usage_has_status_2(
@@ -143,6 +147,28 @@ def test_what_cannot_be_served_has_status_2_and_one_line(
     assert out == ""
     assert err.startswith(f"portico: error: {expected}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("starts")
+@pytest.mark.parametrize("command", [["serve", "no_such:Echo", LOOPBACK], ["run", "a.py"]])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "green"])
+def test_hubs_belong_to_one_engine(
+    command: list[str], engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said before anything else is looked at."""
+    name, *rest = command
+    assert status(name, "--engine", engine, "--hubs", "4", *rest) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"portico: error: hubs=4: expected engine='green' with it; {engine!r} has no hubs\n",
+    )
+
+
+@pytest.mark.usefixtures("stop_when_serving")
+def test_a_server_has_as_many_hubs_as_were_asked_for() -> None:
+    with recorded(events.ServerStarted) as started:
+        assert status("serve", HANDLER, LOOPBACK, "--engine", "green", "--hubs", "3") == 0
+    assert [event.server.max_hubs for event in started] == [3]
 
 
 @pytest.mark.usefixtures("stop_when_serving")
@@ -220,8 +246,8 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What a command asks the swap to do, in order, instead of doing it."""
     calls: list[tuple[str, ...]] = []
 
-    def install(engine: str) -> None:
-        calls.append(("install", engine))
+    def install(engine: str, *, hubs: int | None) -> None:
+        calls.append(("install", engine) if hubs is None else ("install", engine, str(hubs)))
 
     def run_path(program: str, args: Sequence[str]) -> None:
         calls.append(("path", program, *args))
@@ -240,6 +266,10 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     [
         (["a.py"], [("install", "threads"), ("path", "a.py")]),
         (["--engine", "forks", "a.py"], [("install", "forks"), ("path", "a.py")]),
+        (
+            ["--engine", "green", "--hubs", "4", "a.py", "--hubs", "0"],
+            [("install", "green", "4"), ("path", "a.py", "--hubs", "0")],
+        ),
         # What follows the program belongs to the program.
         (
             ["a.py", "-m", "--engine", "no", "--help", "--", "-x"],

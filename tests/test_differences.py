@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context, ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,48 @@ def test_a_thread_that_cannot_start_does_not_break_the_close(
         server.handle_request()
     assert errors.acquire(timeout=BOUND)
     server.server_close()
+
+
+# --- context variables ------------------------------------------------------------------
+
+VARIABLE: ContextVar[str] = ContextVar("variable", default="unset")
+
+
+def values_seen(server: Any, requests: int) -> list[str]:
+    """Serve from a context with a value; return what requests, and then that context, see."""
+    seen: list[str] = []
+
+    def handle(request: Any, client_address: object, server: object) -> None:
+        seen.append(VARIABLE.get())
+        VARIABLE.set("of a request")
+        request.sendall(b"!")
+
+    def serve_all() -> None:
+        VARIABLE.set("of the caller")
+        for _ in range(requests):
+            with socket.create_connection(server.server_address, BOUND) as client:
+                server.handle_request()
+                assert client.recv(1) == b"!"
+        seen.append(VARIABLE.get())
+
+    server.RequestHandlerClass = handle
+    with server:
+        Context().run(serve_all)
+    return seen
+
+
+@differs
+def test_what_a_request_sets_in_a_context_variable_stays_with_it(module: Any) -> None:
+    seen = values_seen(module.TCPServer(("127.0.0.1", 0), do_nothing), 2)
+    assert seen == ["of the caller"] * 3
+
+
+@differs_where(
+    not getattr(sys.flags, "thread_inherit_context", 0), "threads begin with an empty context"
+)
+def test_a_request_in_a_thread_sees_the_context_variables_of_the_caller(module: Any) -> None:
+    seen = values_seen(module.ThreadingTCPServer(("127.0.0.1", 0), do_nothing), 1)
+    assert seen == ["of the caller"] * 2
 
 
 # --- peers that go away -----------------------------------------------------------------

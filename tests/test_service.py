@@ -16,7 +16,7 @@ import portico
 from portico import address, events, service
 from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
-from portico.errors import ListenerError
+from portico.errors import ListenerError, SettingError
 from portico.listener import resolve
 from portico.service import FAMILIES, Service, Tally, server_class
 
@@ -97,6 +97,19 @@ def test_a_server_is_an_engine_before_a_family(
     assert made.__name__ == f"{prefix}{family.__name__}"
     assert issubclass(made, getattr(portico, f"{prefix}MixIn", portico.BaseServer))
     assert made.allow_reuse_address is (scheme == Scheme.TCP)
+
+
+def test_the_green_engine_may_have_several_hubs() -> None:
+    place = resolve(address.parse(LOOPBACK))
+    assert vars(server_class("green", place, hubs=4))["max_hubs"] == 4
+    assert "max_hubs" not in vars(server_class("green", place))
+
+
+@pytest.mark.parametrize(("engine", "hubs"), [("threads", 1), ("serial", 2), ("green", 0)])
+def test_other_numbers_of_hubs_are_refused(engine: str, hubs: int) -> None:
+    with pytest.raises(SettingError, match=f"^hubs={hubs}: expected ") as caught:
+        Service(Echo, [address.parse(LOOPBACK)], engine, hubs=hubs)
+    assert (caught.value.name, caught.value.value) == ("hubs", hubs)
 
 
 def test_all_addresses_are_bound_or_none(tmp_path: Path) -> None:

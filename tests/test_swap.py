@@ -511,6 +511,45 @@ def test_a_second_install_of_another_engine_is_refused() -> None:
         """)
 
 
+def test_green_servers_get_the_hubs_that_were_asked_for() -> None:
+    """Those made with ``ThreadingMixIn``; a program that says another number has its way."""
+    program("""
+        import portico.swap
+        from portico.errors import SettingError
+        portico.swap.install("green", hubs=3)
+        portico.swap.install("green", hubs=3)
+        import http.server, socketserver
+
+        class Own(socketserver.ThreadingMixIn, socketserver.TCPServer):
+            max_hubs = 2
+
+        servers = socketserver.ThreadingTCPServer, http.server.ThreadingHTTPServer, Own
+        assert [server.max_hubs for server in servers] == [3, 3, 2]
+        try:
+            portico.swap.install("green", hubs=4)
+        except SettingError as error:
+            assert str(error) == "hubs=4: expected 3, which is in place already"
+        else:
+            raise AssertionError("not refused")
+        """)
+
+
+def test_hubs_on_another_engine_change_nothing() -> None:
+    program("""
+        import sys
+        import portico.swap
+        from portico.errors import SettingError
+        finders = sys.meta_path[:]
+        try:
+            portico.swap.install("threads", hubs=3)
+        except SettingError as error:
+            assert error.name, error.value == ("hubs", 3)
+        else:
+            raise AssertionError("not refused")
+        assert sys.meta_path == finders
+        """)
+
+
 def test_an_unknown_engine_changes_nothing() -> None:
     program("""
         import sys

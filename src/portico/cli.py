@@ -18,7 +18,7 @@ import click
 
 import portico
 from portico import address, logs, swap, target
-from portico.engines import ENGINES
+from portico.engines import ENGINES, HUBS_OF, settings
 from portico.errors import PorticoError
 from portico.service import Service, Tally
 
@@ -37,6 +37,14 @@ class Refusal(click.ClickException):
         click.echo(f"portico: error: {' '.join(self.message.split())}", file=file, err=True)
 
 
+_hubs_option = click.option(
+    "--hubs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Threads of the {HUBS_OF} engine at most, each with an event loop.  [default: 1]",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(portico.__version__, prog_name="portico", message="%(prog)s %(version)s")
 def commands() -> None:
@@ -53,6 +61,7 @@ def commands() -> None:
     show_default=True,
     help="What runs the handlers.",
 )
+@_hubs_option
 @click.option(
     "--log-level",
     type=click.Choice(LOG_LEVELS),
@@ -60,7 +69,14 @@ def commands() -> None:
     show_default=True,
     help="What is told of the servers; what each connection does is told at debug.",
 )
-def serve(target_name: str, address_texts: tuple[str, ...], *, engine: str, log_level: str) -> None:
+def serve(
+    target_name: str,
+    address_texts: tuple[str, ...],
+    *,
+    engine: str,
+    hubs: int | None,
+    log_level: str,
+) -> None:
     """Serve a handler at each ADDRESS until SIGINT or SIGTERM.
 
     \b
@@ -74,13 +90,14 @@ def serve(target_name: str, address_texts: tuple[str, ...], *, engine: str, log_
       unix-datagram:/run/echo.sock
     """  # noqa: D301  # \b is click's, and keeps the lines apart
     with _refused():
+        settings(engine, hubs=hubs)  # looked at first: nothing of the target's has run yet
         handler = target.load(target_name)
         addresses = [address.parse(text) for text in address_texts]
         for each in addresses:
             target.check_scheme(target_name, handler, each.scheme)
     with _logged(log_level):
         with _refused():
-            serving = Service(handler, addresses, engine)
+            serving = Service(handler, addresses, engine, hubs=hubs)
         with serving, serving.stopped_by_signals():
             for bound in serving.addresses:
                 _say(f"ready on {bound}")
@@ -97,18 +114,23 @@ def serve(target_name: str, address_texts: tuple[str, ...], *, engine: str, log_
     show_default=True,
     help="What stands behind ThreadingMixIn.",
 )
+@_hubs_option
 @click.option(
     "-m", "is_module", is_flag=True, help="PROGRAM is the name of a module, as for python -m."
 )
 @click.argument("program")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def run(program: str, args: tuple[str, ...], *, engine: str, is_module: bool) -> Callable[[], None]:
+def run(
+    program: str, args: tuple[str, ...], *, engine: str, hubs: int | None, is_module: bool
+) -> Callable[[], None]:
     """Run an unmodified program with portico in place of socketserver.
 
     What follows the program belongs to the program.
     """
+    with _refused():
+        settings(engine, hubs=hubs)
     # Returned, and not called: what the program raises is not for click to catch.
-    return partial(_run_program, program, args, engine=engine, is_module=is_module)
+    return partial(_run_program, program, args, engine=engine, hubs=hubs, is_module=is_module)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -129,10 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(outcome if isinstance(outcome, int) else 0)
 
 
-def _run_program(program: str, args: Sequence[str], *, engine: str, is_module: bool) -> None:
+def _run_program(
+    program: str, args: Sequence[str], *, engine: str, hubs: int | None, is_module: bool
+) -> None:
     """Run a program to its end, as python would: an error that it raises is printed, and exits."""
     try:
-        swap.install(engine)
+        swap.install(engine, hubs=hubs)
         (swap.run_module if is_module else swap.run_path)(program, args)
     except swap.ProgramError as error:
         raise Refusal(str(error)) from error

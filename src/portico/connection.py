@@ -158,7 +158,7 @@ class Connections:
 
     def exchange(self, before: Any, request: Any) -> None:
         """Note that a connection has another socket object from now on."""
-        connection = self.by_request.pop(id(before), None)
+        connection = self.remove(before)
         if connection is not None:
             connection.held = request
             self.by_request[id(request)] = connection
@@ -210,6 +210,15 @@ def can_be_tracked(request: object) -> bool:
     return isinstance(request, _Socket)
 
 
+LOST: Final = "_portico_lost"
+"""Where an error keeps the request whose loss it tells, once that is closed and cannot be asked."""
+
+
+def mark_peer_gone(request: Request, error: OSError) -> None:
+    """Note that `error` tells the loss of this very request's peer, for `is_peer_gone`."""
+    vars(error)[LOST] = request
+
+
 def is_peer_gone(request: Request, error: Exception) -> bool:
     """Say whether `error` only tells that the peer of `request` vanished.
 
@@ -217,6 +226,8 @@ def is_peer_gone(request: Request, error: Exception) -> bool:
     a database, which is worth a traceback.  So the kernel is asked whether *this* connection
     is down in both directions.
     """
+    if vars(error).get(LOST, is_peer_gone) is request:
+        return True
     if not isinstance(error, OSError) or error.errno not in PEER_GONE_ERRNOS:
         return False
     poll = select.poll()

@@ -21,6 +21,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable
+from contextvars import copy_context
 from functools import partial
 from math import inf
 from time import monotonic as time
@@ -411,11 +412,14 @@ class BaseServer:
         return True
 
     def process_request(self, request: Request, client_address: ClientAddress) -> None:
-        """Serve the request, here and now; an engine's mix-in hands it to a worker instead."""
+        """Serve the request, here and now; an engine's mix-in hands it to a worker instead.
+
+        It has a copy of the context variables, as in every engine.
+        """
         outer = _inline.serving  # of a handler that serves another server
         _inline.serving = serving = [request, request, client_address]
         try:
-            self.serve_request(request, client_address)
+            copy_context().run(self.serve_request, request, client_address)
         except BaseException:
             if serving[1] is not request:
                 _inline.prepared = serving

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from portico import listener
 from portico.acceptor import Wakeup
 from portico.address import Address, Scheme
-from portico.engines import ENGINES
+from portico.engines import ENGINES, settings
 from portico.engines.forks import ForkingMixIn
 from portico.events import (
     CloseReason,
@@ -106,16 +106,25 @@ class Service:
     A context manager; leaving the ``with`` block closes the servers.
     """
 
-    def __init__(self, handler: Handler, addresses: Sequence[Address], engine: str) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        addresses: Sequence[Address],
+        engine: str,
+        *,
+        hubs: int | None = None,
+    ) -> None:
         """Bind every address, or none.
 
         Args:
             handler: What serves each request.
             addresses: Where; at least one.
             engine: A key of `portico.engines.ENGINES`.
+            hubs: Hubs at most for each server, on the engine that has them.
 
         Raises:
             ListenerError: An address cannot be had.
+            SettingError: The engine has no hubs, or not so many.
         """
         self._servers: list[AddressedMixIn] = []
         self._counters: list[_Counter] = []
@@ -126,7 +135,7 @@ class Service:
             for address in addresses:
                 place = listener.resolve(address)
                 with listener.explained(place):
-                    server = server_class(engine, place)(place.name, handler)
+                    server = server_class(engine, place, hubs=hubs)(place.name, handler)
                 counter = _Counter(server)
                 closing.callback(_close, server)
                 closing.callback(counter.close)
@@ -248,10 +257,13 @@ class Service:
                 raise loop.error
 
 
-def server_class(engine: str, place: Place) -> type[AddressedMixIn]:
+def server_class(engine: str, place: Place, *, hubs: int | None = None) -> type[AddressedMixIn]:
     """Put together the class that serves `place`: an engine, in front of a family.
 
     Its requests do not outlive the program, nor hold up its end.
+
+    Raises:
+        SettingError: The engine has no hubs, or not so many.
     """
     family = FAMILIES[place.address.scheme]
     mixin = ENGINES[engine]
@@ -266,7 +278,7 @@ def server_class(engine: str, place: Place) -> type[AddressedMixIn]:
         "allow_reuse_address": place.address.scheme == Scheme.TCP,
         "daemon_threads": True,
         "block_on_close": False,
-    }
+    } | settings(engine, hubs=hubs)
     return type(f"{prefix}{family.__name__}", (*engines, AddressedMixIn, family), attributes)
 
 

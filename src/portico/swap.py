@@ -29,7 +29,8 @@ import pkgutil
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from importlib.machinery import (
     BYTECODE_SUFFIXES,
     ModuleSpec,
@@ -38,10 +39,11 @@ from importlib.machinery import (
     SourcelessFileLoader,
 )
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import portico
-from portico.engines import ENGINES, serve, serve_foreign
+from portico.engines import ENGINES, serve, serve_foreign, settings
 from portico.engines.threads import _NoThreads, _Threads
 from portico.errors import PorticoError, SettingError
 
@@ -113,8 +115,8 @@ class SerialMixIn:
     """Serve each request in the thread that accepted it; owns `process_request`."""
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve the request, and return when it is done."""
-        serve(self, request, client_address)
+        """Serve the request, in a copy of the context variables, and return when it is done."""
+        copy_context().run(serve, self, request, client_address)
 
 
 class Face(types.ModuleType):
@@ -124,14 +126,15 @@ class Face(types.ModuleType):
     threads, ``ThreadingMixIn`` and the servers made with it are its own.
     """
 
-    def __init__(self, engine: str) -> None:
-        """Make the face whose ``ThreadingMixIn`` is `engine`.
+    def __init__(self, engine: str, *, hubs: int | None = None) -> None:
+        """Make the face whose ``ThreadingMixIn`` is `engine`, with at most so many hubs.
 
         Raises:
-            SettingError: There is no such engine.
+            SettingError: There is no such engine, or it has no hubs, or not so many.
         """
         if engine not in ENGINES:
             raise SettingError("engine", engine, "one of " + ", ".join(ENGINES))
+        attributes = settings(engine, hubs=hubs)
         super().__init__(REPLACED, portico.__doc__)
         public = [name for name in PUBLIC if hasattr(portico, name)]
         # Written past __setattr__: nothing is being replaced.
@@ -141,7 +144,7 @@ class Face(types.ModuleType):
         if sys.version_info < (3, 15):  # from there on, asking for it warns
             names["__version__"] = VERSION
         if engine != "threads":
-            names.update(_threading_classes(engine))
+            names.update(_threading_classes(engine, attributes))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a name here and, when a program replaces what servers use, where they use it."""
@@ -162,13 +165,13 @@ class Face(types.ModuleType):
         return VERSION
 
 
-def _threading_classes(engine: str) -> dict[str, type]:
+def _threading_classes(engine: str, attributes: Mapping[str, object]) -> dict[str, type]:
     """Make ``ThreadingMixIn`` and what is built with it, so that `engine` runs the requests."""
     path = ENGINES[engine]
     runner = SerialMixIn if path is None else pkgutil.resolve_name(path)
     calls_it = hasattr(runner, "process_request_thread")
     bases = (_Threaded, runner) if calls_it else (_Threaded, _InThread, runner)
-    mixin = _make_class("ThreadingMixIn", bases)
+    mixin = _make_class("ThreadingMixIn", bases, attributes)
     mixin.__doc__ = f"Serve each request as the {engine} engine does."
     families = (name for name in THREADED if hasattr(portico, name))
     return {"ThreadingMixIn": mixin} | {
@@ -177,9 +180,11 @@ def _threading_classes(engine: str) -> dict[str, type]:
     }
 
 
-def _make_class(name: str, bases: tuple[type, ...]) -> type:
+def _make_class(
+    name: str, bases: tuple[type, ...], attributes: Mapping[str, object] = MappingProxyType({})
+) -> type:
     """Make a class that says, and pickles as, ``socketserver.NAME``."""
-    return type(name, bases, {"__module__": REPLACED})
+    return type(name, bases, {"__module__": REPLACED, **attributes})
 
 
 class _Threaded(_Base):
@@ -230,9 +235,10 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     deletes the entry to import the module afresh.
     """
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, hubs: int | None) -> None:
         self.engine = engine
-        self._face = Face(engine)
+        self.hubs = hubs
+        self._face = Face(engine, hubs=hubs)
 
     def find_spec(
         self,
@@ -251,7 +257,7 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Do nothing: the face was finished when it was made."""
 
 
-def install(engine: str = "threads") -> None:
+def install(engine: str = "threads", *, hubs: int | None = None) -> None:
     """Put portico in place of ``socketserver`` for the rest of this process.
 
     Every later ``import socketserver`` or ``from socketserver import ...`` gets portico's names,
@@ -264,17 +270,23 @@ def install(engine: str = "threads") -> None:
     Args:
         engine: What runs the requests of servers made with ``ThreadingMixIn``: a key of
             `portico.engines.ENGINES`.
+        hubs: Hubs at most for each of them, on the engine that has hubs; a program that sets
+            ``max_hubs`` itself has its way.
 
     Raises:
-        SettingError: There is no such engine, or portico is in place with another one.
+        SettingError: There is no such engine, or it has no hubs, or not so many; or portico is in
+            place with another engine or number.
     """
     for finder in sys.meta_path:
         if isinstance(finder, _Importer):
             if finder.engine != engine:
                 expected = f"{finder.engine!r}, which is in place already"
                 raise SettingError("engine", engine, expected)
+            if finder.hubs != hubs:
+                expected = f"{finder.hubs!r}, which is in place already"
+                raise SettingError("hubs", hubs, expected)
             return
-    sys.meta_path.insert(0, _Importer(engine))
+    sys.meta_path.insert(0, _Importer(engine, hubs))
     displaced = sys.modules.pop(REPLACED, None)
     importlib.import_module(REPLACED)
     if displaced is not None:

@@ -12,13 +12,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import portico
-from portico import ForkingMixIn, StreamRequestHandler, TCPServer, ThreadingMixIn, engines
+from portico import (
+    ForkingMixIn,
+    GreenMixIn,
+    StreamRequestHandler,
+    TCPServer,
+    ThreadingMixIn,
+    engines,
+)
 from portico.engines import serve, serve_foreign
 from tests.support import (
     PATIENCE,
@@ -31,6 +39,7 @@ from tests.support import (
     eventually,
     goodbye,
     nothing_left_behind,
+    received,
 )
 
 LOOPBACK = ("127.0.0.1", 0)
@@ -346,6 +355,65 @@ def test_hooks_are_extended_not_replaced(engine: str) -> None:
         server.handle_timeout()
         server.service_actions()
     assert called == ["handle_timeout", "service_actions", "server_close"]
+
+
+# --- context variables ------------------------------------------------------------------
+
+variable: ContextVar[str] = ContextVar("variable", default="unset")
+
+EVERY_ENGINE: dict[str, tuple[type, ...]] = {**MIX_INS, "green": (GreenMixIn,)}
+
+
+class Remember(StreamRequestHandler):
+    """Answers with what the request finds in the variable, and leaves something else there."""
+
+    def handle(self) -> None:
+        self.wfile.write(variable.get().encode())
+        variable.set(f"left by {self.rfile.readline().decode()}")
+
+
+@pytest.mark.parametrize("name", EVERY_ENGINE)
+@pytest.mark.parametrize("set_by_caller", [True, False])
+def test_each_request_has_a_copy_of_the_context_variables(name: str, set_by_caller: bool) -> None:
+    """Of those that the caller of `serve_forever` sees; what it sets is seen by nobody else."""
+    seen: list[str] = []
+
+    def serve_in_context() -> None:
+        if set_by_caller:
+            variable.set("of the caller")
+        server.serve_forever()
+        seen.append(variable.get())
+
+    server = type("Server", (*EVERY_ENGINE[name], TCPServer), {})(LOOPBACK, Remember)
+    with nothing_left_behind(), server:
+        serving = Call(serve_in_context)
+        answers = []
+        for turn in range(3):
+            with connect(server) as client:
+                answers.append(ask(client, b"request %d\n" % turn))
+        server.shutdown()
+        serving.result()
+    expected = "of the caller" if set_by_caller else "unset"
+    assert answers == [expected.encode()] * 3
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("name", EVERY_ENGINE)
+def test_a_request_sees_the_context_variables_of_who_accepted_it(name: str) -> None:
+    """Also where no loop serves: `handle_request` runs in anybody's context."""
+    server = type("Server", (*EVERY_ENGINE[name], TCPServer), {})(LOOPBACK, Remember)
+    with nothing_left_behind(), server:
+        for turn in (b"first", b"second"):
+            with connect(server) as client:
+                client.sendall(turn + b"\n")
+
+                def handle_request(turn: bytes = turn) -> str:
+                    variable.set(turn.decode())
+                    server.handle_request()
+                    return variable.get()
+
+                assert Call(handle_request).result() == turn.decode()
+                assert received(client) == turn
 
 
 # --- in front of servers that are not ours ----------------------------------------------

@@ -411,6 +411,58 @@ def test_a_port_for_the_privileged_says_what_would_help() -> None:
     )
 
 
+# ------------------------------------------------------------------------------------ several hubs
+
+HOLDER = """
+import socketserver
+
+class Hold(socketserver.StreamRequestHandler):
+    def handle(self):
+        for line in self.rfile:
+            if line == b"hold\\n":
+                self.wfile.write(b"holding\\n")
+                with open("pipe", "rb") as pipe:  # holds the thread until somebody writes to it
+                    line = pipe.read()
+            self.wfile.write(line)
+
+if __name__ == "__main__":
+    import sys
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hold) as server:
+        print(f"portico: ready on tcp://127.0.0.1:{server.server_address[1]}", file=sys.stderr)
+        server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("serve", "--engine", "green", "--hubs", "2", "holder.py:Hold", "tcp://127.0.0.1:0"),
+        ("run", "--engine", "green", "--hubs", "2", "holder.py"),
+    ],
+    ids=["serve", "run"],
+)
+def test_a_handler_that_holds_a_hub_leaves_the_others_to_another(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "holder.py").write_text(HOLDER)
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(
+        [*PORTICO, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            where = Command(process, 1).addresses[0]
+            with connect(where) as holding:
+                holding.sendall(b"hold\n")
+                assert holding.recv(64) == b"holding\n"
+                with connect(where) as other:
+                    other.sendall(b"meanwhile\n")
+                    assert other.recv(64) == b"meanwhile\n"
+                (tmp_path / "pipe").write_bytes(b"released\n")
+                assert holding.recv(64) == b"released\n"
+        finally:
+            process.kill()
+
+
 # ------------------------------------------------------------------------------ running a program
 
 

@@ -94,9 +94,11 @@ def test_the_checkers_look_at_portico(tmp_path: Path) -> None:
         assert "TCPServer" in said
 
 
-def test_engines_are_accepted_in_front_of_foreign_servers(tmp_path: Path) -> None:
-    program = tmp_path / "engines.py"
-    program.write_text((HERE / "engines.py").read_text())
+@pytest.mark.parametrize("name", ["engines.py", "coroutines.py"])
+def test_what_socketserver_has_not_is_accepted(tmp_path: Path, name: str) -> None:
+    """Engines in front of foreign servers; overrides that are coroutines."""
+    program = tmp_path / name
+    program.write_text((HERE / name).read_text())
     status, said = mypy(tmp_path, program)
     assert status == 0, said
     status, said = pyright(tmp_path)

@@ -7,6 +7,8 @@ runs the request to its end and closes it.  An engine
 - extends `server_close`, `service_actions` and `handle_timeout` through ``super()``, and uses
   nothing else of the server than documented hooks, so that it works in front of servers that
   are not ours (``class Web(ThreadingMixIn, http.server.HTTPServer)``);
+- gives each request a context (`contextvars`) of its own: a copy of the acceptor's, so that a
+  handler sees what the caller of `serve_forever` has set, and nobody sees what the handler sets;
 - keeps its settings as class attributes;
 - may ask a server of ours to leave clients in the backlog while it is full
   (`BaseServer.pause_accepting`).
@@ -20,6 +22,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import ClientAddress, Request
+from portico.errors import SettingError
 
 ENGINES: Final[Mapping[str, str | None]] = {
     "threads": "portico.engines.threads:ThreadingMixIn",
@@ -29,6 +32,9 @@ ENGINES: Final[Mapping[str, str | None]] = {
 }
 """The engines by name, and where the mix-in of each is (`pkgutil.resolve_name`), so that it is
 imported when it is asked for.  The serial engine is a server without a mix-in."""
+
+HUBS_OF: Final = "green"
+"""The engine that has hubs."""
 
 
 if TYPE_CHECKING:
@@ -47,6 +53,25 @@ if TYPE_CHECKING:
         def resume_accepting(self) -> None: ...  # noqa: D102
 else:
     Hooks = object
+
+
+def settings(engine: str, *, hubs: int | None = None) -> dict[str, object]:
+    """Return the class attributes that set up an engine.
+
+    Args:
+        engine: A key of `ENGINES`.
+        hubs: ``max_hubs`` of the green engine; ``None`` leaves it at its default.
+
+    Raises:
+        SettingError: There is no room for that number, or the engine has no hubs.
+    """
+    if hubs is None:
+        return {}
+    if engine != HUBS_OF:
+        raise SettingError("hubs", hubs, f"engine={HUBS_OF!r} with it; {engine!r} has no hubs")
+    if hubs < 1:
+        raise SettingError("hubs", hubs, "1 or more")
+    return {"max_hubs": hubs}
 
 
 def serve(server: Any, request: Request, client_address: ClientAddress) -> bool:

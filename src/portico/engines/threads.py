@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextvars import Context, copy_context
+from functools import partial
 from typing import Final
 
 from portico.connection import ClientAddress, Request
@@ -97,6 +99,12 @@ class _NoThreads:
         """Do nothing."""
 
 
+def _run_in(context: Context, thread: threading.Thread) -> None:
+    """Do what a thread was made to do, in a context."""
+    del vars(thread)["run"]  # which refers to the thread: nothing is left to the collector
+    context.run(thread.run)
+
+
 class ThreadingMixIn(Hooks):
     """Serve each request in a thread of its own.
 
@@ -116,15 +124,19 @@ class ThreadingMixIn(Hooks):
         serve(self, request, client_address)
 
     def process_request(self, request: Request, client_address: ClientAddress) -> None:
-        """Start a thread for the request.
+        """Start a thread for the request, with a copy of the caller's context variables.
 
         Raises:
             RuntimeError: The system has no thread left; the server then closes the request
                 and goes on.
         """
+        # Programs, and their tests, put something in the place of Thread that knows this call.
         thread = threading.Thread(
             target=self.process_request_thread, args=(request, client_address)
         )
+        context = copy_context()
+        if context:  # a thread begins with an empty one, unless Python was told otherwise
+            vars(thread)["run"] = partial(_run_in, context, thread)
         thread.daemon = self.daemon_threads
         if self.block_on_close and not thread.daemon and "_threads" not in vars(self):
             vars(self).setdefault("_threads", _Threads())  # two may come here at once

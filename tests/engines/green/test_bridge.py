@@ -206,7 +206,7 @@ class TestAsyncHandlers:
     @pytest.mark.parametrize("kind", ENGINES, ids=lambda kind: kind.__name__)
     def test_streams(self, kind: Any) -> None:
         class Shout(AsyncStreamRequestHandler):
-            async def handle(self) -> None:  # type: ignore[override]  # awaited
+            async def handle(self) -> None:
                 async for line in self.reader:
                     self.writer.write(line.upper())
                     await self.writer.drain()
@@ -227,7 +227,7 @@ class TestAsyncHandlers:
         loops: set[int] = set()
 
         class Meet(AsyncStreamRequestHandler):
-            async def handle(self) -> None:  # type: ignore[override]  # awaited
+            async def handle(self) -> None:
                 loops.add(id(asyncio.get_running_loop()))
                 waiting.append(self)
                 if len(waiting) == together:
@@ -247,7 +247,7 @@ class TestAsyncHandlers:
     @pytest.mark.parametrize("kind", [portico.ThreadingUDPServer, GreenUDP])
     def test_datagrams(self, kind: Any) -> None:
         class Shout(AsyncDatagramRequestHandler):
-            async def handle(self) -> None:  # type: ignore[override]  # awaited
+            async def handle(self) -> None:
                 await asyncio.sleep(0)
                 self.wfile.write(self.packet.upper())
 
@@ -265,14 +265,14 @@ class TestAsyncHandlers:
         order: list[str] = []
 
         class Steps(AsyncRequestHandler):
-            async def setup(self) -> None:  # type: ignore[override]  # awaited
+            async def setup(self) -> None:
                 order.append("setup")
 
-            async def handle(self) -> None:  # type: ignore[override]  # awaited
+            async def handle(self) -> None:
                 order.append("handle")
                 raise ConnectionResetError
 
-            async def finish(self) -> None:  # type: ignore[override]  # awaited
+            async def finish(self) -> None:
                 await asyncio.sleep(0)
                 order.append("finish")
 

@@ -4,7 +4,8 @@
 - `hub.Hub` is the event loop, an asyncio loop that resumes greenlets in its selector `poller`;
 - `sockets.GreenSocket`, `tls.GreenSSLSocket`: what waits by switching, through a `watch.Watch`;
 - `acceptor.GreenAcceptor`: how the serving loop waits;
-- `bridge`: waiting for other things in handlers; `coroutines`: handlers with ``async def``;
+- `bridge`: waiting for other things in handlers; `coroutines`: handlers with ``async def``, and
+  `transports`, which gives them TLS connections;
 - `watchdog`: finds handlers that hold a hub.
 """
 
@@ -16,6 +17,7 @@ import threading
 from _thread import get_ident
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context, copy_context
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -57,6 +59,8 @@ class Green:
         self.token = threading.Lock() if server.max_hubs > 1 else None
         # Held by the hub that runs the hooks of the accept path; ``None`` if there is but one.
         self.is_serving = False
+        self.context = copy_context()
+        # Of who accepts: a request begins with a copy.
 
 
 class GreenMixIn(_Base):
@@ -169,6 +173,7 @@ class GreenMixIn(_Base):
         crew = here.get(get_ident())
         if crew is None or crew.server is not self:
             green = self._get_green()
+            green.context = copy_context()
             green.crews.submit(request, client_address)
             green.watchdog.watch(green.crews)
             return
@@ -179,7 +184,11 @@ class GreenMixIn(_Base):
         """Serve the request; what the greenlet runs."""
         if not self.coalesce_writes and isinstance(request, GreenSocket):
             request.coalesces = False
-        serve(self, request, client_address)
+        green: Green | None = self.__dict__.get("_green")
+        if green is not None and green.context:
+            green.context.copy().run(serve, self, request, client_address)
+        else:  # a worker gives each request an empty context, which is the copy of an empty one
+            serve(self, request, client_address)
 
     # --- what the engine knows of a handler ---------------------------------------------
 
@@ -232,6 +241,7 @@ class GreenMixIn(_Base):
     def _loop(self, green: Green, loop: Callable[[float], None], poll_interval: float) -> None:
         """Run the serving loop in a greenlet of the first hub."""
         green.is_serving = True
+        green.context = own_context()
         try:
             loop(poll_interval)
         finally:
@@ -278,7 +288,8 @@ class GreenMixIn(_Base):
         green = self._get_green()
         with suppress(OSError, RuntimeError):  # no descriptor or thread left: as it was, then
             crew = green.crews.start(is_additional=True)
-            crew.serve(lambda: self._serve_additionally(crew), None)
+            # This is the watchdog's thread; the loop is to see what the other loops see.
+            green.context.copy().run(crew.serve, lambda: self._serve_additionally(crew), None)
 
     def _end_loop(self, outcome: Outcome) -> None:
         """See that the loop accepts no more, without waiting for a hub that is held."""
@@ -309,6 +320,12 @@ HOOKS: Final = {
     for name in ("get_request", "process_request", "process_request_thread")
 }
 """The hooks of the engine that are left out of the plain path."""
+
+
+def own_context() -> Context:
+    """Return the context of the calling greenlet: the one that it changes, not a copy."""
+    context = getcurrent().gr_context
+    return copy_context() if context is None else context
 
 
 def is_own_get_request(server: Any) -> bool:

@@ -9,18 +9,26 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
+from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from portico.connection import ClientAddress, Request
+from portico.connection import ClientAddress, Request, mark_peer_gone
 from portico.engines.green.bridge import await_
+from portico.engines.green.transports import is_tls, open_tls_streams
 from portico.handlers import BaseRequestHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    # A step of BaseRequestHandler returns None, and type checkers hold every override to that,
+    # however many classes lie between.  So to them alone a handler of coroutines is none.
+    _Base: TypeAlias = object
+else:
+    _Base = BaseRequestHandler
 
-class AsyncRequestHandler(BaseRequestHandler):
+
+class AsyncRequestHandler(_Base):
     """One request, handled by coroutines: `setup`, then `handle`, then `finish`.
 
     Each may be ``async def`` or plain; `finish` runs also when `handle` raised.
@@ -38,6 +46,16 @@ class AsyncRequestHandler(BaseRequestHandler):
         self.server = server
         await_(self._run())
 
+    # Any, because what a step returns is awaited if it can be: overrides may be ``async def``.
+    def setup(self) -> Any:
+        """Prepare what `handle` needs."""
+
+    def handle(self) -> Any:
+        """Serve the request; for subclasses."""
+
+    def finish(self) -> Any:
+        """Clean up after `handle`."""
+
     async def _run(self) -> None:
         await call(self.setup)
         try:
@@ -47,7 +65,10 @@ class AsyncRequestHandler(BaseRequestHandler):
 
 
 class AsyncStreamRequestHandler(AsyncRequestHandler):
-    """A connection as asyncio's streams.
+    """A connection as asyncio's streams, with or without TLS.
+
+    A request that is an `ssl.SSLSocket` is used as it is, after its handshake if that is still to
+    come.  Where the peer may say goodbye first, ``writer`` still writes to it.
 
     A subclass that has its own `setup` or `finish` awaits those of this class.
 
@@ -62,19 +83,27 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
-    async def setup(self) -> None:  # type: ignore[override]  # awaited by _run
+    async def setup(self) -> None:
         """Make `reader` and `writer`."""
-        self.reader, self.writer = await asyncio.open_connection(
-            sock=hand_over(self.request), limit=self.limit
-        )
+        self.reader, self.writer = await open_streams(self.request, self.server, limit=self.limit)
 
-    async def finish(self) -> None:  # type: ignore[override]  # awaited by _run
+    async def finish(self) -> None:
         """Send what is left, and close the connection; a peer that is gone is no error."""
-        self.writer.close()
+        await close(self.writer)
+
+    async def _run(self) -> None:
         try:
-            await self.writer.wait_closed()
-        except OSError:
-            pass
+            await super()._run()
+        except ConnectionError as error:
+            # Of this connection, or of one that the handler has to somewhere else?
+            reader = vars(self).get("reader")
+            if reader is not None and isinstance(reader.exception(), ConnectionError):
+                mark_peer_gone(self.request, error)
+            raise
+        finally:
+            writer = vars(self).get("writer")
+            if writer is not None:  # a finish of the program's own may not have closed it
+                await close(writer)
 
 
 class AsyncDatagramRequestHandler(AsyncRequestHandler):
@@ -92,13 +121,13 @@ class AsyncDatagramRequestHandler(AsyncRequestHandler):
     rfile: BytesIO
     wfile: BytesIO
 
-    def setup(self) -> None:
+    def setup(self) -> Any:
         """Make `rfile` and `wfile`."""
         self.packet, self.socket = self.request
         self.rfile = BytesIO(self.packet)
         self.wfile = BytesIO()
 
-    def finish(self) -> None:
+    def finish(self) -> Any:
         """Send the reply, unless the sender has no address to send it to."""
         if self.client_address is not None:
             self.socket.sendto(self.wfile.getvalue(), self.client_address)
@@ -111,11 +140,59 @@ async def call(step: Callable[[], Any]) -> None:
         await result
 
 
-def hand_over(request: Request) -> socket.socket:
+async def open_streams(
+    request: Request, server: Any, *, limit: int
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return asyncio's streams on a connection, which belongs to them from then on.
+
+    Raises:
+        OSError: A handshake that was still to come failed, or took too long.
+    """
+    if is_tls(request):
+        return await open_tls_streams(request, limit=limit)
+    return await asyncio.open_connection(sock=hand_over(request, server), limit=limit)
+
+
+async def close(writer: asyncio.StreamWriter) -> None:
+    """Send what is left, and close the connection; a peer that is gone is no error."""
+    writer.close()
+    try:
+        await writer.wait_closed()
+    except OSError:
+        pass
+    except BaseException:  # nobody waits any longer for what is left
+        writer.transport.abort()
+        raise
+
+
+class HandedOver(socket.socket):
+    """A request's connection while it is asyncio's."""
+
+    __slots__ = ("before_close",)
+
+    before_close: Callable[[], object]
+    """Called before the descriptor is closed."""
+
+    def close(self) -> None:
+        """Close it, as the connection that its server knows."""
+        self.before_close()
+        super().close()
+
+
+def hand_over(request: Request, server: Any = None) -> socket.socket:
     """Return a plain socket for asyncio that takes the request's descriptor.
 
-    The request stays as a closed socket, which `shutdown_request` leaves alone.
+    The request stays as a closed socket, which `shutdown_request` leaves alone; until then, a server
+    of ours finds the connection under the plain one.
     """
-    plain = socket.socket(request.family, request.type, request.proto, request.detach())
+    guard = getattr(server, "_guard", None)
+    exchange = _do_nothing if guard is None else guard.connections.exchange
+    plain = HandedOver(request.family, request.type, request.proto, request.detach())
+    plain.before_close = partial(exchange, plain, request)
     plain.setblocking(False)
+    exchange(request, plain)
     return plain
+
+
+def _do_nothing(before: Request, request: Request) -> None:
+    """Stand for a server that does not know its connections."""

@@ -96,6 +96,7 @@ class PlainPath:
             and self._names.isdisjoint(vars(server))
             and server.socket is self._listener
             and self._server.coalesce_writes
+            and not self._server._green.context  # each request gets a copy of it
             and server._exhaustion is None
             and guard.drain is None
             and (guard.gate is None or self._crew.closes_plainly)
