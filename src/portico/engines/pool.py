@@ -155,9 +155,8 @@ class Pool:
         self._queue: deque[_Task] = deque()
         self._left: list[threading.Thread] = []  # of workers that left, and may not have ended
         self._closers: set[_Worker] = set()  # whose handlers wait for the others
-        self._room: tuple[int, int] | None = None
-        # A pipe, readable when there is room again.  It is made when the pool is first full.
         self._is_full = False  # and somebody has to be told when there is room
+        self._room: _Room | None = None  # made when the pool is first full
         self._is_closed = False
         self._is_exiting = False
 
@@ -198,12 +197,11 @@ class Pool:
         with self._lock:
             if self._room is None and self._is_full and not self._is_closed:
                 try:
-                    self._room = os.pipe()
+                    self._room = _Room()
                 except OSError:  # out of descriptors: the next request waits in `hand_over`
                     return
-                os.set_blocking(self._room[0], False)
             if self._room is not None and self._is_full:
-                pause(until=self._room[:1])
+                pause(until=(self._room.fileno(),))
 
     def _give(self, task: _Task) -> bool:
         """Find a place for a task, and say whether there was one."""
@@ -351,8 +349,7 @@ class Pool:
         if not self._is_full:
             self._is_full = True
             if self._room is not None:
-                with suppress(BlockingIOError):  # a signal handler has stopped us here before
-                    os.read(self._room[0], 64)
+                self._room.clear()
 
     def _look_for_room(self) -> None:
         """Tell that there is room, once half of the queue is free.
@@ -367,7 +364,7 @@ class Pool:
             self._is_full = False
             self._changed.notify_all()
             if self._room is not None:
-                os.write(self._room[1], b"\0")
+                self._room.tell()
 
     # --- the end ------------------------------------------------------------------------
 
@@ -425,14 +422,46 @@ class Pool:
             resume = getattr(self._server, "resume_accepting", None)
             if resume is not None:  # the descriptor that ends the pause will not be there
                 resume()
-            for descriptor in room:
-                os.close(descriptor)
+            room.close()
+
+
+class _Room:
+    """A pipe that is readable when a pool has room again."""
+
+    _reader = _writer = -1  # if the system has no descriptor for them
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def tell(self) -> None:
+        """Make it readable."""
+        os.write(self._writer, b"\0")
+
+    def clear(self) -> None:
+        """Make it unreadable."""
+        with suppress(BlockingIOError):  # it is already, after a signal handler has raised here
+            os.read(self._reader, 64)
+
+    def close(self) -> None:
+        """Close the pipe.  Callable again."""
+        if self._reader >= 0:
+            os.close(self._reader)
+            os.close(self._writer)
+            self._reader = self._writer = -1
 
 
 def _report(error: BaseException) -> None:
     """Report what a handler raised as for a thread that it ended."""
     arguments = (type(error), error, error.__traceback__, threading.current_thread())
-    threading.excepthook(threading.ExceptHookArgs(arguments))
+    with suppress(Exception):  # of the program's own hook
+        threading.excepthook(threading.ExceptHookArgs(arguments))
 
 
 class _Pools:
