@@ -57,8 +57,8 @@ class ThreadPoolMixIn(Hooks):
     worker_idle_timeout: float = 10.0
     """Seconds after which a worker without a request ends.
 
-    Starting a thread costs about 0.1 ms, so after this long it no longer matters, while the
-    threads that a burst needed give back their memory within seconds of its end.
+    Long enough that starting the thread again does not matter, and short enough that the threads
+    of a burst give back their memory within seconds of its end.
     """
 
     daemon_threads: bool = False
