@@ -28,6 +28,7 @@ from portico.events import (
     ListenerLost,
     PeerGone,
     RefusalReason,
+    RequestStarted,
     ServerStarted,
     ServerStopped,
     emit,
@@ -110,6 +111,11 @@ def server() -> Iterator[TCPServer]:
             ConnectionRefused,
             (PEER, RefusalReason.NOT_VERIFIED),
             ("INFO", "refused ('192.0.2.7', 40000): not verified"),
+        ),
+        (
+            RequestStarted,
+            (PEER, 0.12345),
+            ("DEBUG", "serves ('192.0.2.7', 40000) after 0.123 s in the queue"),
         ),
         (
             ConnectionClosed,
@@ -224,6 +230,7 @@ def test_what_the_level_hides_costs_nothing(logger: logging.Logger) -> None:
             "ConnectionAccepted",
             "ConnectionClosed",
             "PeerGone",
+            "RequestStarted",
         }
     finally:
         detach()

@@ -84,6 +84,16 @@ def closed(number: int) -> Iterator[None]:
 # ---------------------------------------------------------------------------- making the servers
 
 
+PREFIXES = {
+    "threads": "Threading",
+    "forks": "Forking",
+    "pool": "ThreadPool",
+    "green": "Green",
+    "serial": "",
+}
+"""What the combinations of each engine are called by."""
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("scheme", "family"), FAMILIES.items())
 def test_a_server_is_an_engine_before_a_family(
@@ -93,7 +103,7 @@ def test_a_server_is_an_engine_before_a_family(
     text = f"{scheme}:{tmp_path}/a" if scheme.is_unix else f"{scheme}://127.0.0.1:0"
     made = server_class(engine, resolve(address.parse(text)))
     assert issubclass(made, family)
-    prefix = {"threads": "Threading", "forks": "Forking", "green": "Green", "serial": ""}[engine]
+    prefix = PREFIXES[engine]
     assert made.__name__ == f"{prefix}{family.__name__}"
     assert issubclass(made, getattr(portico, f"{prefix}MixIn", portico.BaseServer))
     assert made.allow_reuse_address is (scheme == Scheme.TCP)
@@ -185,7 +195,7 @@ def test_each_request_is_counted_where_it_was_served(
     ]
 
 
-@pytest.mark.parametrize("engine", ["threads", "forks"])
+@pytest.mark.parametrize("engine", ["threads", "forks", "pool"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_client_that_stays_is_cut_off(engine: str, number: int) -> None:
     """It is told at the end, and nobody waits for it."""

@@ -645,6 +645,7 @@ WHERE = {
     "threads": lambda process, thread, serving: process == os.getpid() and thread != serving,
     "serial": lambda process, thread, serving: process == os.getpid() and thread == serving,
     "forks": lambda process, thread, serving: process != os.getpid(),
+    "pool": lambda process, thread, serving: process == os.getpid() and thread != serving,
     "green": lambda process, thread, serving: process == os.getpid(),
 }
 """Whether a handler ran where its engine runs it."""

@@ -10,8 +10,8 @@ A server is an engine in front of a family::
 - families (the kind of socket): `TCPServer`, `UDPServer`, `UnixStreamServer`,
   `UnixDatagramServer`; what they share is `BaseServer`;
 - engines (where a request runs): none, in the serving thread; `ThreadingMixIn`;
-  `ForkingMixIn`; `GreenMixIn`, many on one thread; and the combinations, from
-  `ThreadingTCPServer` to `GreenUnixDatagramServer`;
+  `ThreadPoolMixIn`; `ForkingMixIn`; `GreenMixIn`, many on one thread; and the combinations,
+  from `ThreadingTCPServer` to `GreenUnixDatagramServer`;
 - handlers (what a program writes): `BaseRequestHandler`, `StreamRequestHandler`,
   `DatagramRequestHandler`; `AsyncStreamRequestHandler` and `AsyncDatagramRequestHandler` for
   ``async def handle``;
@@ -46,9 +46,14 @@ from portico.combinations import (
     ThreadingUDPServer,
     ThreadingUnixDatagramServer,
     ThreadingUnixStreamServer,
+    ThreadPoolTCPServer,
+    ThreadPoolUDPServer,
+    ThreadPoolUnixDatagramServer,
+    ThreadPoolUnixStreamServer,
 )
 from portico.engines import forks, threads
 from portico.engines.forks import ForkingMixIn
+from portico.engines.pool import ThreadPoolMixIn
 from portico.engines.threads import ThreadingMixIn, _NoThreads, _Threads
 from portico.errors import (
     AddressError,
@@ -111,6 +116,11 @@ __all__ = [
     "SettingError",
     "StreamRequestHandler",
     "TCPServer",
+    "ThreadPoolMixIn",
+    "ThreadPoolTCPServer",
+    "ThreadPoolUDPServer",
+    "ThreadPoolUnixDatagramServer",
+    "ThreadPoolUnixStreamServer",
     "ThreadingMixIn",
     "ThreadingTCPServer",
     "ThreadingUDPServer",

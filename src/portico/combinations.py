@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from portico.engines.forks import ForkingMixIn
+from portico.engines.pool import ThreadPoolMixIn
 from portico.engines.threads import ThreadingMixIn
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 
@@ -37,3 +38,19 @@ class ForkingUnixStreamServer(ForkingMixIn, UnixStreamServer):
 
 class ForkingUnixDatagramServer(ForkingMixIn, UnixDatagramServer):
     """Serve each datagram of a Unix socket in a process of its own."""
+
+
+class ThreadPoolTCPServer(ThreadPoolMixIn, TCPServer):
+    """Serve TCP connections on a bounded number of threads."""
+
+
+class ThreadPoolUDPServer(ThreadPoolMixIn, UDPServer):
+    """Serve datagrams on a bounded number of threads."""
+
+
+class ThreadPoolUnixStreamServer(ThreadPoolMixIn, UnixStreamServer):
+    """Serve connections of a Unix socket on a bounded number of threads."""
+
+
+class ThreadPoolUnixDatagramServer(ThreadPoolMixIn, UnixDatagramServer):
+    """Serve datagrams of a Unix socket on a bounded number of threads."""

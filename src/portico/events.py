@@ -122,6 +122,22 @@ class ConnectionRefused(Event):
     reason: RefusalReason
 
 
+@dataclass(frozen=True)
+class RequestStarted(Event):
+    """A worker of a `ThreadPoolMixIn` took a connection, or a datagram.
+
+    Told in the worker, just before it serves.
+
+    Attributes:
+        peer: Its client address.
+        queued: Seconds since the acceptor handed it over.  What it waited in the kernel's backlog
+            before that, nobody knows.
+    """
+
+    peer: Any
+    queued: float
+
+
 class CloseReason(StrEnum):
     """Why a connection ended."""
 

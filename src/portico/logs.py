@@ -20,6 +20,7 @@ LINES: Final[dict[type[Event], tuple[int, str]]] = {
     events.ListenerLost: (logging.WARNING, "{server} stops: its listener was closed"),
     events.ConnectionAccepted: (logging.DEBUG, "accepted {peer!r}"),
     events.ConnectionRefused: (logging.INFO, "refused {peer!r}: {reason}"),
+    events.RequestStarted: (logging.DEBUG, "serves {peer!r} after {queued:.3f} s in the queue"),
     events.ConnectionClosed: (logging.DEBUG, "closed {peer!r} after {duration:.3f} s: {reason}"),
     events.HandlerFailed: (logging.ERROR, "handler of {peer!r} failed: {error!r}"),
     events.HandlerStalled: (

@@ -42,6 +42,7 @@ MODULE_NAME: Final = (
 
 TOLERATED: Final = {
     "threads": {"test.test_socketserver.MiscTestCase.test_all": MODULE_NAME},
+    "pool": {"test.test_socketserver.MiscTestCase.test_all": MODULE_NAME},
     "green": {"test.test_socketserver.MiscTestCase.test_all": MODULE_NAME},
 }
 """For each engine that the suites run on, the tests that may fail, each with the reason."""

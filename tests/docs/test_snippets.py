@@ -100,6 +100,12 @@ def test_lookup(run: Run) -> None:
         assert converse(server, b"hello\nhello\n") == key + b"\n" + key + b"\n"
 
 
+def test_bounded(run: Run) -> None:
+    with run("bounded.py") as server:
+        assert isinstance(server, portico.ThreadPoolMixIn)
+        assert converse(server, b"hello\n") == b"HELLO\n"
+
+
 def test_coroutine(run: Run) -> None:
     with run("coroutine.py") as server:
         assert converse(server, b"3\n") == b"3\n2\n1\n"

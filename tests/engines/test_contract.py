@@ -25,6 +25,7 @@ from portico import (
     StreamRequestHandler,
     TCPServer,
     ThreadingMixIn,
+    ThreadPoolMixIn,
     engines,
 )
 from portico.engines import serve, serve_foreign
@@ -48,9 +49,12 @@ MIX_INS: dict[str, tuple[type, ...]] = {
     "serial": (),
     "threads": (ThreadingMixIn,),
     "forks": (ForkingMixIn,),
+    "pool": (ThreadPoolMixIn,),
 }
 
-CONCURRENT = ["threads", "forks"]
+CONCURRENT = ["threads", "forks", "pool"]
+
+COMBINED = ("Threading", "Forking", "ThreadPool")
 
 
 @pytest.fixture(params=MIX_INS)
@@ -228,8 +232,10 @@ def test_what_is_no_exception_ends_the_worker(
             assert notes == []
         else:
             notes = serves_on(running, journal)
-            end = {"threads": [f"thread: Abort of {hook}"], "forks": ["child: 0", "child: 1"]}
-            assert sorted(notes) == end[engine]
+            end = [f"thread: Abort of {hook}"]
+            if engine == "forks":
+                end = ["child: 0", "child: 1"]
+            assert sorted(notes) == end
 
 
 @pytest.mark.parametrize("raised", [ValueError, Abort])
@@ -249,6 +255,7 @@ def test_what_handle_error_raises_ends_the_worker(
     ends = {
         "serial": [],
         "threads": [f"thread: {raised.__name__} of handle_error"],
+        "pool": [f"thread: {raised.__name__} of handle_error"],
         "forks": ["child: 0", "child: 1"],
     }
     assert sorted(notes) == sorted(["handle_error: ValueError of handle", *ends[engine]])
@@ -266,11 +273,10 @@ def test_what_shutdown_request_raises_ends_the_worker(
             assert isinstance(failure, raised)
         else:
             notes = serves_on(running, journal)
-            end = {
-                "threads": [f"thread: {raised.__name__} of shutdown_request"],
-                "forks": ["child: 0", "child: 1"],
-            }
-            assert sorted(notes) == end[engine]
+            end = [f"thread: {raised.__name__} of shutdown_request"]
+            if engine == "forks":
+                end = ["child: 0", "child: 1"]
+            assert sorted(notes) == end
 
 
 @pytest.mark.parametrize("raised", [ValueError, Abort])
@@ -314,18 +320,22 @@ def test_settings_are_class_attributes() -> None:
     assert (ThreadingMixIn.daemon_threads, ThreadingMixIn.block_on_close) == (False, True)
     assert (ForkingMixIn.timeout, ForkingMixIn.max_children) == (300, 40)
     assert (ForkingMixIn.active_children, ForkingMixIn.block_on_close) == (None, True)
+    assert (ThreadPoolMixIn.max_workers, ThreadPoolMixIn.max_queued) == (64, 64)
+    assert ThreadPoolMixIn.worker_idle_timeout == 10
+    assert (ThreadPoolMixIn.daemon_threads, ThreadPoolMixIn.block_on_close) == (False, True)
 
 
 def test_an_engine_is_a_plain_class() -> None:
     """It derives from nothing, so it can stand in front of any server."""
-    assert [mix_in.__bases__ for mix_in in (ThreadingMixIn, ForkingMixIn)] == [(object,)] * 2
+    mix_ins = (ThreadingMixIn, ForkingMixIn, ThreadPoolMixIn)
+    assert [mix_in.__bases__ for mix_in in mix_ins] == [(object,)] * 3
 
 
 def test_no_engine_imports_another() -> None:
     """They replace each other."""
     (folder,) = engines.__path__
     names = {path.stem for path in Path(folder).iterdir()} - {"__init__", "__pycache__"}
-    for name in names & {"threads", "forks"}:
+    for name in names & {"threads", "forks", "pool"}:
         tree = ast.parse((Path(folder) / f"{name}.py").read_text())
         imported = {
             node.module
@@ -341,6 +351,10 @@ def test_hooks_are_extended_not_replaced(engine: str) -> None:
     called: list[str] = []
 
     class Behind(TCPServer):
+        def server_activate(self) -> None:
+            called.append("server_activate")
+            super().server_activate()
+
         def handle_timeout(self) -> None:
             called.append("handle_timeout")
 
@@ -354,7 +368,7 @@ def test_hooks_are_extended_not_replaced(engine: str) -> None:
     with type("Server", (*MIX_INS[engine], Behind), {})(LOOPBACK, None) as server:
         server.handle_timeout()
         server.service_actions()
-    assert called == ["handle_timeout", "service_actions", "server_close"]
+    assert called == ["server_activate", "handle_timeout", "service_actions", "server_close"]
 
 
 # --- context variables ------------------------------------------------------------------
@@ -577,12 +591,13 @@ def test_a_worker_of_our_servers_has_serve_request_do_it_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in portico.__all__ if name.startswith(("Threading", "Forking"))]
+    "name",
+    [name for name in portico.__all__ if name.startswith(COMBINED)],
 )
 def test_a_combination_is_an_engine_in_front_of_a_family(name: str) -> None:
     if name.endswith("MixIn"):
         return
-    engine = "Threading" if name.startswith("Threading") else "Forking"
+    engine = next(engine for engine in COMBINED if name.startswith(engine))
     combination = getattr(portico, name)
     assert combination.__bases__ == (
         getattr(portico, f"{engine}MixIn"),
@@ -597,7 +612,8 @@ def test_a_server_that_grew_shrinks_again(engine: str) -> None:
         def handle(self) -> None:
             self.wfile.write(self.rfile.readline())
 
-    server: TCPServer = type("Server", (*MIX_INS[engine], TCPServer), {})(LOOPBACK, Echo)
+    settings = {"worker_idle_timeout": 0.1}
+    server: TCPServer = type("Server", (*MIX_INS[engine], TCPServer), settings)(LOOPBACK, Echo)
     with RunningServer(server, 0.01) as running, nothing_left_behind():
         calls = [Call(running.ask, b"%d\n" % number) for number in range(12)]
         assert [call.result() for call in calls] == [b"%d\n" % number for number in range(12)]

@@ -24,6 +24,7 @@ from portico import (
     StreamRequestHandler,
     TCPServer,
     ThreadingMixIn,
+    ThreadPoolMixIn,
     UDPServer,
     UnixDatagramServer,
     UnixStreamServer,
@@ -82,6 +83,7 @@ ENGINES = {
     "serial": Engine((), frozenset()),
     "threads": Engine((ThreadingMixIn,), frozenset({"neighbours"})),
     "forks": Engine((ForkingMixIn,), frozenset({"neighbours"})),
+    "pool": Engine((ThreadPoolMixIn,), frozenset({"neighbours"})),
     "green": Engine((GreenMixIn,), frozenset({"neighbours"})),
 }
 

@@ -149,7 +149,7 @@ def tool(name: str) -> str:
 # -------------------------------------------------------------------------------- serving a handler
 
 
-@pytest.mark.parametrize("engine", ["threads", "forks", "serial"])
+@pytest.mark.parametrize("engine", ["threads", "forks", "pool", "serial"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_handler_is_served_until_a_signal(
     tmp_path: Path, engine: str, signum: signal.Signals
@@ -175,7 +175,7 @@ def test_a_handler_is_served_until_a_signal(
     )
 
 
-@pytest.mark.parametrize("engine", ["threads", "forks", "serial"])
+@pytest.mark.parametrize("engine", ["threads", "forks", "pool", "serial"])
 def test_several_addresses_of_every_kind_are_served_at_once(tmp_path: Path, engine: str) -> None:
     asked = [
         "tcp://127.0.0.1:0",
@@ -240,7 +240,7 @@ def test_curl_talks_to_a_handler_of_the_standard_library(tmp_path: Path) -> None
         assert subprocess.check_output([*curl, url], text=True) == "hello, world\n"
 
 
-@pytest.mark.parametrize("engine", ["threads", "forks", "serial"])
+@pytest.mark.parametrize("engine", ["threads", "forks", "pool", "serial"])
 def test_redis_cli_talks_to_a_handler(tmp_path: Path, engine: str) -> None:
     arguments = ["application:Pong", "tcp://127.0.0.1:0", "--engine", engine]
     with serve(tmp_path, *arguments) as command:
@@ -507,7 +507,7 @@ def test_a_program_runs_on_portico_unchanged(tmp_path: Path) -> None:
             process.kill()
 
 
-@pytest.mark.parametrize("engine", ["threads", "forks", "serial"])
+@pytest.mark.parametrize("engine", ["threads", "forks", "pool", "serial"])
 def test_a_module_of_the_standard_library_serves(tmp_path: Path, engine: str) -> None:
     (tmp_path / "hello.txt").write_text("hello, world\n")
     with subprocess.Popen(

@@ -19,6 +19,14 @@ class ForkingWeb(portico.ForkingMixIn, http.server.HTTPServer):
     max_children = 8
 
 
+class PooledWeb(portico.ThreadPoolMixIn, http.server.HTTPServer):
+    """Requests on a bounded number of threads."""
+
+    max_workers = 8
+    max_queued = 0
+    worker_idle_timeout = 1.5
+
+
 class Calls(portico.ThreadingMixIn, xmlrpc.server.SimpleXMLRPCServer):
     """A server of procedures."""
 
@@ -32,6 +40,8 @@ def serve() -> None:
         web.serve_forever()
     with ForkingWeb(("", 8001), http.server.SimpleHTTPRequestHandler) as forking:
         forking.serve_forever()
+    with PooledWeb(("", 8005), http.server.SimpleHTTPRequestHandler) as pooled:
+        pooled.serve_forever()
     with Calls(("", 8002)) as calls:
         calls.register_introspection_functions()
         calls.serve_forever()

@@ -4,9 +4,9 @@ The contract.  An engine is a mix-in that owns the hook `process_request`: it is
 acceptor, hands the request to a worker and returns.  The worker calls `serve` (below), which
 runs the request to its end and closes it.  An engine
 
-- extends `server_close`, `service_actions` and `handle_timeout` through ``super()``, and uses
-  nothing else of the server than documented hooks, so that it works in front of servers that
-  are not ours (``class Web(ThreadingMixIn, http.server.HTTPServer)``);
+- extends `server_activate`, `server_close`, `service_actions` and `handle_timeout` through
+  ``super()``, and uses nothing else of the server than documented hooks, so that it works in
+  front of servers that are not ours (``class Web(ThreadingMixIn, http.server.HTTPServer)``);
 - gives each request a context (`contextvars`) of its own: a copy of the acceptor's, so that a
   handler sees what the caller of `serve_forever` has set, and nobody sees what the handler sets;
 - keeps its settings as class attributes;
@@ -27,6 +27,7 @@ from portico.errors import SettingError
 ENGINES: Final[Mapping[str, str | None]] = {
     "threads": "portico.engines.threads:ThreadingMixIn",
     "forks": "portico.engines.forks:ForkingMixIn",
+    "pool": "portico.engines.pool:ThreadPoolMixIn",
     "green": "portico.engines.green:GreenMixIn",
     "serial": None,
 }
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         constructor, so that the constructor is that of the server, ours or not.
         """
 
+        def server_activate(self) -> None: ...  # noqa: D102
         def handle_timeout(self) -> None: ...  # noqa: D102
         def service_actions(self) -> None: ...  # noqa: D102
         def server_close(self) -> None: ...  # noqa: D102

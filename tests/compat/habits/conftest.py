@@ -18,6 +18,20 @@ from portico.swap import Face
 
 DIFFERENT: dict[str, dict[str, str]] = {
     "threads": {},
+    "pool": {
+        name: reason
+        for reason, names in {
+            "a thread serves one request after another": (
+                "test_a_patched_list_of_threads_is_what_the_server_fills",
+                "test_a_patched_threading_module_starts_the_threads",
+                "test_a_server_lists_the_threads_that_live",
+            ),
+            "workers are daemons; the program's end waits for their requests by itself": (
+                "test_daemon_threads_changed_while_the_program_runs",
+            ),
+        }.items()
+        for name in names
+    },
     "green": {
         name: reason
         for reason, names in {

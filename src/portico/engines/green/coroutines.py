@@ -182,8 +182,8 @@ class HandedOver(socket.socket):
 def hand_over(request: Request, server: Any = None) -> socket.socket:
     """Return a plain socket for asyncio that takes the request's descriptor.
 
-    The request stays as a closed socket, which `shutdown_request` leaves alone; until then, a server
-    of ours finds the connection under the plain one.
+    The request stays as a closed socket, which `shutdown_request` leaves alone; until then, a
+    server of ours finds the connection under the plain one.
     """
     guard = getattr(server, "_guard", None)
     exchange = _do_nothing if guard is None else guard.connections.exchange
