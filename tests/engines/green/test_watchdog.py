@@ -106,6 +106,22 @@ def test_hubs_are_started_up_to_the_limit() -> None:
             client.close()
 
 
+def test_hubs_are_started_although_nobody_is_to_be_told(
+    stalls: queue.Queue[HandlerStalled],
+) -> None:
+    class Untold(Hubs):
+        stall_threshold = None
+
+    with serving(Untold, Blocking) as server, connected(server) as held:
+        assert ask(held, b"block\n") == b"block\n"
+        with connected(server) as other:
+            assert ask(other, b"served\n") == b"served\n"
+        threading.Event().wait(0.2)  # longer than any threshold
+        assert not server.release.is_set()
+        server.release.set()
+    assert stalls.empty()
+
+
 def test_hooks_of_the_accept_path_never_run_in_two_threads() -> None:
     class Guarded(Hubs):
         inside = threading.Lock()
