@@ -224,7 +224,10 @@ class GreenMixIn(_Base):
     def _serve_additionally(self, crew: Crew) -> None:
         """Accept on another hub than the first, while that one serves."""
         green = self._get_green()
-        acceptor = self._make_acceptor()
+        try:
+            acceptor = self._make_acceptor()
+        except ValueError:  # the listener was closed meanwhile
+            return
         try:
             while green.is_serving and self.fileno() >= 0:
                 if acceptor.wait(None):
@@ -238,6 +241,8 @@ class GreenMixIn(_Base):
     def _start_hub(self) -> None:
         """Start a hub beside those that there are; called by the watchdog when all are held."""
         green = self._get_green()
+        if not green.is_serving:  # there is nothing to accept
+            return
         with suppress(OSError, RuntimeError):  # no descriptor or thread left: as it was, then
             crew = green.crews.start(is_additional=True)
             crew.serve(lambda: self._serve_additionally(crew), None)
