@@ -61,7 +61,7 @@ PAUSE = 0.01
 """Seconds before each question, so that it comes at any point of what the flood keeps busy."""
 
 SERVER = """
-import json, sys, threading
+import contextlib, json, sys, threading
 import portico
 
 class Echo(portico.BaseRequestHandler):
@@ -84,6 +84,13 @@ class Parse(portico.StreamRequestHandler):
     def handle(self):
         for line in self.rfile:
             self.wfile.write(json.dumps(json.loads(line)).encode() + b"\\n")
+
+class Coroutine(portico.AsyncStreamRequestHandler):
+    async def handle(self):
+        with contextlib.suppress(ConnectionError):  # the flood ends in the middle of it
+            async for line in self.reader:
+                self.writer.write(line)
+                await self.writer.drain()
 
 class DatagramEcho(portico.DatagramRequestHandler):
     def handle(self):
@@ -196,6 +203,7 @@ def best_of_rounds(measure: Callable[[], float], limit: float) -> float:
         pytest.param("LineEcho", r"small\n", id="lines"),
         pytest.param("LineEcho", r"\n", id="empty lines"),
         pytest.param("Parse", r"1\n", id="lines that take some work"),
+        pytest.param("Coroutine", r"small\n", id="lines for a coroutine"),
         pytest.param("AnswerQuestions", r"no question\n", id="lines that nobody answers"),
     ],
 )
