@@ -160,6 +160,18 @@ def told(process: subprocess.Popen[str], question: str = "") -> int:
     return int(process.stdout.readline())
 
 
+def answers_datagrams(port: int) -> bool:
+    """Say whether a datagram is answered, unless the server's queue was full."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(1)
+        client.connect(("127.0.0.1", port))
+        client.send(b"last")
+        try:
+            return client.recv(64) == b"last"
+        except TimeoutError:
+            return False
+
+
 @contextmanager
 def flooded(handler: str, flood: str, block: str) -> Iterator[tuple[str, int]]:
     """Serve in one process, and flood from another, all the time; give the server's address."""
@@ -171,6 +183,9 @@ def flooded(handler: str, flood: str, block: str) -> Iterator[tuple[str, int]]:
             yield "127.0.0.1", port
             eventually(lambda: told(flooding, "?\n") > before, "the flood goes on")
             flooding.kill()
+            flooding.wait()
+        if flood is DATAGRAM_FLOOD:  # what is queued before would find the server's socket closed
+            eventually(lambda: answers_datagrams(port), "the queue is served")
         _, errors = server.communicate(timeout=PATIENCE)
         assert errors == ""
         assert server.returncode == 0
