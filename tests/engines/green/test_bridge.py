@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import portico
-from portico.engines.green import GreenMixIn
+from portico.engines.green import GreenMixIn, coroutines
 from portico.engines.green.bridge import await_, sleep, spawn, timeout, to_thread
 from portico.engines.green.coroutines import (
     AsyncDatagramRequestHandler,
     AsyncRequestHandler,
     AsyncStreamRequestHandler,
+    FairReader,
 )
 from tests.engines.green.test_engine import ask, connected, serving
 from tests.support import PATIENCE
@@ -243,6 +244,36 @@ class TestAsyncHandlers:
                 assert client.recv(3) == b"met"
                 client.close()
         assert len(loops) == 1
+
+    @pytest.mark.parametrize("size", [0.0, PATIENCE])
+    @pytest.mark.parametrize(
+        "read",
+        [FairReader.readline, lambda reader: reader.read(2), lambda reader: reader.readexactly(2)],
+        ids=["readline", "read", "readexactly"],
+    )
+    def test_a_reader_that_is_full_lets_others_have_their_turn_in_time(
+        self, monkeypatch: pytest.MonkeyPatch, read: Callable[[FairReader], Any], size: float
+    ) -> None:
+        """Not before its slice is over, whose size is set here."""
+        monkeypatch.setattr(coroutines, "SLICE", size)
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async def read_all() -> None:
+            reader = FairReader()
+            counting = asyncio.ensure_future(count())
+            reader.feed_data(b"x\n" * 100)
+            for _ in range(100):
+                assert await read(reader) == b"x\n"
+            counting.cancel()
+
+        asyncio.run(read_all())
+        assert turns == (0 if size else 100)
 
     @pytest.mark.parametrize("kind", [portico.ThreadingUDPServer, GreenUDP])
     def test_datagrams(self, kind: Any) -> None:

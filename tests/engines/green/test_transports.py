@@ -23,7 +23,7 @@ import trustme
 import portico
 from portico import AsyncStreamRequestHandler
 from portico.engines.green import transports
-from portico.engines.green.transports import TLSTransport, open_tls_streams
+from portico.engines.green.transports import TLSTransport, open_tls_stream
 from portico.events import ConnectionClosed, HandlerFailed, PeerGone
 from tests.support import PATIENCE, Call, eventually, nothing_left_behind, recorded, reset
 
@@ -604,7 +604,8 @@ WRITE, READ = ssl.SSLWantWriteError, ssl.SSLWantReadError
 def test_a_handshake_waits_for_either_direction() -> None:
     async def use(sock: Any, peer: socket.socket) -> None:
         peer.send(b"hello")
-        reader, writer = await open_tls_streams(sock, limit=100)
+        reader = asyncio.StreamReader(limit=100)
+        writer = await open_tls_stream(sock, reader)
         assert await reader.readexactly(5) == b"hello"
         writer.close()
         await writer.wait_closed()
@@ -617,7 +618,8 @@ def test_a_handshake_waits_for_either_direction() -> None:
 
 def test_a_read_may_need_to_write_and_a_write_to_read_first() -> None:
     async def use(sock: Any, peer: socket.socket) -> None:
-        reader, writer = await open_tls_streams(sock, limit=100)
+        reader = asyncio.StreamReader(limit=100)
+        writer = await open_tls_stream(sock, reader)
         peer.send(b"one")
         assert await reader.readexactly(3) == b"one"
         writer.write(b"two")  # refused: there is nothing to read yet
@@ -636,7 +638,7 @@ def test_a_read_may_need_to_write_and_a_write_to_read_first() -> None:
 
 def test_a_goodbye_waits_for_room() -> None:
     async def use(sock: Any) -> None:
-        _, writer = await open_tls_streams(sock, limit=100)
+        writer = await open_tls_stream(sock, asyncio.StreamReader(limit=100))
         writer.close()
         await writer.wait_closed()
 

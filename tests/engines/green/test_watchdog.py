@@ -14,7 +14,7 @@ from portico.engines.green import GreenMixIn
 from portico.engines.green.watchdog import find, is_program
 from portico.events import HandlerStalled, subscribe
 from tests.engines.green.test_engine import ask, connected, serving
-from tests.support import PATIENCE
+from tests.support import PATIENCE, Call
 
 SOON = 0.01
 
@@ -104,6 +104,52 @@ def test_hubs_are_started_up_to_the_limit() -> None:
         server.release.set()
         for client in clients:
             client.close()
+
+
+def test_hubs_are_started_although_nobody_is_to_be_told(
+    stalls: queue.Queue[HandlerStalled],
+) -> None:
+    class Untold(Hubs):
+        stall_threshold = None
+
+    with serving(Untold, Blocking) as server, connected(server) as held:
+        assert ask(held, b"block\n") == b"block\n"
+        with connected(server) as other:
+            assert ask(other, b"served\n") == b"served\n"
+        threading.Event().wait(0.2)  # longer than any threshold
+        assert not server.release.is_set()
+        server.release.set()
+    assert stalls.empty()
+
+
+@pytest.mark.parametrize("is_serving", [True, False])
+def test_no_hub_is_started_once_the_server_accepts_no_more(
+    stalls: queue.Queue[HandlerStalled], monkeypatch: pytest.MonkeyPatch, is_serving: bool
+) -> None:
+    """Whoever is connected may hold a hub then, too."""
+    tried = threading.Event()
+
+    def start(**_: Any) -> None:
+        tried.set()
+        raise RuntimeError("no thread left")
+
+    with serving(Hubs, Blocking) as server, connected(server) as client:
+        assert ask(client, b"x\n") == b"x\n"
+        monkeypatch.setattr(server._get_green().crews, "start", start)
+        if not is_serving:
+            server.shutdown()
+        assert ask(client, b"block\n") == b"block\n"
+        stalls.get(timeout=PATIENCE)
+        assert tried.wait(PATIENCE if is_serving else 10 * SOON) == is_serving
+        server.release.set()
+
+
+def test_a_hub_that_comes_too_late_for_the_listener_ends() -> None:
+    with serving(Hubs, Blocking) as server:
+        green = server._get_green()
+    green.is_serving = True  # as the watchdog saw it just before
+    server._start_hub()
+    Call(green.crews.join).result()
 
 
 def test_hooks_of_the_accept_path_never_run_in_two_threads() -> None:

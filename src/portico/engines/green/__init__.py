@@ -79,11 +79,12 @@ class GreenMixIn(_Base):
     """Hubs at most, each a thread that accepts for itself.
 
     With one, a handler that blocks (sleeps, computes, waits for a database) makes all others
-    wait.  With more, another hub serves them meanwhile.
+    wait.  With more, another hub serves who connects meanwhile; it is started when all are held
+    (`watchdog.HELD`).  A connection stays with its hub, so those of the hub that is held wait.
     """
 
     stall_threshold: float | None = 0.1
-    """Seconds that a handler may hold its hub before `watchdog.HandlerStalled` tells of it;
+    """Seconds that a handler may hold its hub before `events.HandlerStalled` tells of it;
     ``None`` for no limit."""
 
     coalesce_writes: bool = True
@@ -272,7 +273,10 @@ class GreenMixIn(_Base):
     def _serve_additionally(self, crew: Crew) -> None:
         """Accept on another hub than the first, while that one serves."""
         green = self._get_green()
-        acceptor = self._make_acceptor()
+        try:
+            acceptor = self._make_acceptor()
+        except ValueError:  # the listener was closed meanwhile
+            return
         try:
             while green.is_serving and self.fileno() >= 0:
                 if acceptor.wait(None):
@@ -284,8 +288,10 @@ class GreenMixIn(_Base):
             acceptor.close()
 
     def _start_hub(self) -> None:
-        """Start a hub beside those that there are; called by the watchdog when all are stalled."""
+        """Start a hub beside those that there are; called by the watchdog when all are held."""
         green = self._get_green()
+        if not green.is_serving:  # there is nothing to accept
+            return
         with suppress(OSError, RuntimeError):  # no descriptor or thread left: as it was, then
             crew = green.crews.start(is_additional=True)
             # This is the watchdog's thread; the loop is to see what the other loops see.

@@ -11,11 +11,13 @@ import inspect
 import socket
 from functools import partial
 from io import BytesIO
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from portico.connection import ClientAddress, Request, mark_peer_gone
 from portico.engines.green.bridge import await_
-from portico.engines.green.transports import is_tls, open_tls_streams
+from portico.engines.green.transports import is_tls, open_tls_stream
+from portico.engines.green.watch import SLICE
 from portico.handlers import BaseRequestHandler
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
     A subclass that has its own `setup` or `finish` awaits those of this class.
 
     Attributes:
-        reader: An `asyncio.StreamReader`.
+        reader: An `asyncio.StreamReader` that lets others have their turn while it is full.
         writer: An `asyncio.StreamWriter`; it is closed after `finish`.
     """
 
@@ -104,6 +106,43 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
             writer = vars(self).get("writer")
             if writer is not None:  # a finish of the program's own may not have closed it
                 await close(writer)
+
+
+class FairReader(asyncio.StreamReader):
+    """A stream reader that gives way now and then, however much it holds.
+
+    Asyncio's own hands out what it holds without a pause: of a peer that never stops sending,
+    sixty thousand short lines in a row.
+    """
+
+    _slice_end = 0.0
+
+    def feed_data(self, data: Any) -> None:
+        """Take in what the peer has sent; so the loop has just been round."""
+        self._slice_end = monotonic() + SLICE
+        super().feed_data(data)
+
+    async def readuntil(self, separator: Any = b"\n") -> bytes:
+        """Read as asyncio's, and `readline` with it."""
+        if monotonic() >= self._slice_end:
+            await self._give_way()
+        return await super().readuntil(separator)
+
+    async def readexactly(self, n: int) -> bytes:
+        """Read as asyncio's."""
+        if monotonic() >= self._slice_end:
+            await self._give_way()
+        return await super().readexactly(n)
+
+    async def read(self, n: int = -1) -> bytes:
+        """Read as asyncio's."""
+        if monotonic() >= self._slice_end:
+            await self._give_way()
+        return await super().read(n)
+
+    async def _give_way(self) -> None:
+        await asyncio.sleep(0)
+        self._slice_end = monotonic() + SLICE
 
 
 class AsyncDatagramRequestHandler(AsyncRequestHandler):
@@ -148,9 +187,14 @@ async def open_streams(
     Raises:
         OSError: A handshake that was still to come failed, or took too long.
     """
+    loop = asyncio.get_running_loop()
+    reader = FairReader(limit, loop)
     if is_tls(request):
-        return await open_tls_streams(request, limit=limit)
-    return await asyncio.open_connection(sock=hand_over(request, server), limit=limit)
+        return reader, await open_tls_stream(request, reader)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    plain = hand_over(request, server)
+    transport, _ = await loop.create_connection(lambda: protocol, sock=plain)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 async def close(writer: asyncio.StreamWriter) -> None:

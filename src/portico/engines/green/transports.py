@@ -46,16 +46,16 @@ def is_tls(request: object) -> TypeGuard[ssl.SSLSocket]:
     return isinstance(request, ssl.SSLSocket) and getattr(request, "_sslobj", None) is not None
 
 
-async def open_tls_streams(
-    sock: ssl.SSLSocket, *, limit: int
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return asyncio's streams on a TLS connection, after the handshake if it is still to come.
+async def open_tls_stream(
+    sock: ssl.SSLSocket, reader: asyncio.StreamReader
+) -> asyncio.StreamWriter:
+    """Return a writer to a TLS connection, after the handshake if it is still to come.
 
     The socket belongs to the streams from then on: closing the writer closes it.
 
     Args:
         sock: The connection.  Its timeout, if it has one, limits the handshake.
-        limit: Bytes that the reader holds before the peer has to wait.
+        reader: Gets what the peer sends.
 
     Raises:
         OSError: The handshake failed, or the peer is gone.
@@ -68,10 +68,9 @@ async def open_tls_streams(
         green.watch.drop(is_closing=False)  # the hub may know the descriptor from an earlier wait
     sock.setblocking(False)
     await _shake_hands(sock, HANDSHAKE_TIMEOUT if timeout is None else timeout)
-    reader = asyncio.StreamReader(limit=limit, loop=loop)
     protocol = _HalfClosingProtocol(reader, loop=loop)
     transport = TLSTransport(loop, sock, protocol)
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+    return asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 async def _shake_hands(sock: ssl.SSLSocket, seconds: float) -> None:

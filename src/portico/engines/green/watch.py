@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 
     from portico.engines.green.hub import Hub
 
-CREDIT: Final = 16
-"""Operations on one socket without a wait before others have their turn.
+CREDIT: Final = 2
+"""Operations on one socket without a wait before a look at the clock.
 
-A read brings up to 64 KiB, so a connection that always has data keeps a hub for some milliseconds
-at most; giving way costs about a microsecond, shared by sixteen operations.
+Few, because nobody knows what a handler does between two of them: a buffer of lines of two bytes is
+a thousand lines.  A question and its answer are fewer, so only who is busy pays for the look.
+"""
+
+SLICE: Final = 0.001
+"""Seconds that a connection which always has data may go on before others have their turn.
+
+Giving way costs some microseconds, so the busy one loses less than a percent.
 """
 
 
@@ -62,8 +68,10 @@ class Watch:
         "owner",
         "read_deadline",
         "reader",
+        "slice_end",
         "timeout",
         "timer",
+        "turn",
         "write_deadline",
         "writer",
     )
@@ -83,6 +91,10 @@ class Watch:
         self.is_watching_writes = False
         self.is_closed = False
         self.credit = CREDIT
+        self.slice_end = 0.0
+        # When others are to have their turn, by `time.monotonic`, unless they had it before.
+        self.turn = -1
+        # The poller's when the slice began; with another, others had their turn since.
         self.timeout = timeout
         self.timer: asyncio.TimerHandle | None = None
         self.read_deadline = inf
@@ -155,11 +167,18 @@ class Watch:
                 self.wake_crowd()
 
     def give_way(self) -> None:
-        """Let others go on first, after many operations without a wait."""
+        """Let others go on first, if this socket's slice is over; after some operations."""
         self.credit = CREDIT
         hub = running()
-        if hub is not None:
+        if hub is None:
+            return
+        poller = hub.poller
+        if poller.turn == self.turn:
+            if monotonic() < self.slice_end:
+                return
             hub.give_way()
+        self.turn = poller.turn
+        self.slice_end = monotonic() + SLICE
 
     def deadline(self) -> float:
         """Return when an operation that begins now has to end, by `time.monotonic`."""

@@ -1,7 +1,7 @@
 """Find the handler that holds a hub, name it, and send what it has written so far.
 
-A thread looks at the hubs now and then.  It looks only while they are busy: an idle server does
-not wake for it.
+Where a server may have more hubs, another one is started when all are held.  A thread looks at
+the hubs now and then.  It looks only while they are busy: an idle server does not wake for it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ REPEAT: Final = 60.0
 
 MAX_PLACES: Final = 1000
 """Places that are remembered for that; beyond it, all are forgotten."""
+
+HELD: Final = 0.02
+"""Seconds that all hubs may be held before another one is started, if `max_hubs` allows it.
+
+Who connects meanwhile waits so long, and up to half of it more until somebody looks; so this is
+far less than the time after which a handler is worth a report.
+"""
 
 OURS: Final = str(Path(__file__).parents[2])
 STANDARD_LIBRARY: Final = sysconfig.get_path("stdlib")
@@ -53,7 +60,8 @@ class Watchdog:
         """Begin to look; nothing if somebody does already."""
         with self._lock:
             self._crews = crews
-            if self._thread is None and self._server.stall_threshold is not None:
+            server = self._server
+            if self._thread is None and (server.stall_threshold is not None or server.max_hubs > 1):
                 self._thread = threading.Thread(
                     target=self._run, name=f"{type(self._server).__name__} watchdog", daemon=True
                 )
@@ -73,7 +81,9 @@ class Watchdog:
                     return
             threshold: float = self._server.stall_threshold or 0.1
             if self._look_at(crews, threshold):
-                self._changed.wait(max(threshold / 2, SHORTEST_LOOK))
+                may_start = len(crews) < self._server.max_hubs
+                patience = min(HELD, threshold) if may_start else threshold
+                self._changed.wait(max(patience / 2, SHORTEST_LOOK))
             else:
                 self._wait_until_busy(crews)
 
@@ -81,7 +91,7 @@ class Watchdog:
         """Look at each hub once; return whether one of them does anything."""
         now = monotonic()
         looks: dict[Crew, Look] = {}
-        stalled = 0
+        held = 0
         for crew in crews:
             poller = crew.hub.poller
             look = Look(poller.turn, poller.is_polling, now)
@@ -89,35 +99,41 @@ class Watchdog:
             if before is not None and before.turn == look.turn:
                 look.since = before.since
                 look.is_idle = look.is_polling
-                if not look.is_polling and self._tell(crew, look, threshold, now):
-                    stalled += 1
+                if not look.is_polling:
+                    duration = self._look_into(crew, look, now)
+                    if duration >= threshold:
+                        self._tell(look, duration)
+                    if duration >= min(HELD, threshold):
+                        held += 1
             looks[crew] = look
         self._looks = looks
-        if stalled == len(crews) < self._server.max_hubs:
+        if held == len(crews) < self._server.max_hubs:
             self._server._start_hub()
         return not all(look.is_idle for look in looks.values())
 
-    def _tell(self, crew: Crew, look: Look, threshold: float, now: float) -> bool:
-        """Tell of a hub that has been in one turn since the last look; say if it is stalled."""
-        frame = sys._current_frames().get(crew.thread.ident or 0)
-        worker, place = find(frame)
+    def _look_into(self, crew: Crew, look: Look, now: float) -> float:
+        """Look into a hub that has been in one turn since the last look; return how long."""
+        look.worker, look.place = find(sys._current_frames().get(crew.thread.ident or 0))
         before = self._looks[crew]
-        look.worker = worker
-        if before.worker is not None and worker is not before.worker:
+        if before.worker is not None and look.worker is not before.worker:
             look.since = now  # many short ones make a long turn, and hold nobody up
         crew.hub.send_from_watchdog()
-        duration = now - look.since
-        if duration < threshold:
-            return False
-        if HandlerStalled.subscribers and now - self._told.get(place, -REPEAT) >= REPEAT:
-            if len(self._told) >= MAX_PLACES:
-                self._told.clear()
-            self._told[place] = now
-            handler = self._server.RequestHandlerClass
-            name = getattr(handler, "__qualname__", None) or repr(handler)
-            peer = None if worker is None else worker.client_address
-            emit(HandlerStalled(self._server, peer, name, place, duration))
-        return True
+        return now - look.since
+
+    def _tell(self, look: Look, duration: float) -> None:
+        """Tell of the handler that holds a hub, unless its place was told of lately."""
+        now = monotonic()
+        if not HandlerStalled.subscribers or self._server.stall_threshold is None:
+            return
+        if now - self._told.get(look.place, -REPEAT) < REPEAT:
+            return
+        if len(self._told) >= MAX_PLACES:
+            self._told.clear()
+        self._told[look.place] = now
+        handler = self._server.RequestHandlerClass
+        name = getattr(handler, "__qualname__", None) or repr(handler)
+        peer = None if look.worker is None else look.worker.client_address
+        emit(HandlerStalled(self._server, peer, name, look.place, duration))
 
     def _wait_until_busy(self, crews: tuple[Crew, ...]) -> None:
         """Wait without looking, until one of the hubs wakes up or another one is there."""
@@ -133,7 +149,7 @@ class Watchdog:
 class Look:
     """What was seen of a hub at one moment."""
 
-    __slots__ = ("is_idle", "is_polling", "since", "turn", "worker")
+    __slots__ = ("is_idle", "is_polling", "place", "since", "turn", "worker")
 
     def __init__(self, turn: int, is_polling: bool, since: float) -> None:
         self.turn = turn
@@ -141,6 +157,7 @@ class Look:
         self.since = since
         self.is_idle = False
         self.worker: Worker | None = None
+        self.place = ""
 
 
 def find(frame: FrameType | None) -> tuple[Worker | None, str]:
