@@ -118,8 +118,9 @@ def read_tls(value: Any) -> ssl.SSLContext | Certificates | None:
     """
     if value is None or isinstance(value, ssl.SSLContext | Certificates):
         return value
-    if isinstance(value, tuple) and len(value) == 2:
-        return Certificates(*value)
+    pair: object = value
+    if isinstance(pair, tuple) and len(value) == 2:
+        return Certificates(value[0], value[1])
     expected = "an ssl.SSLContext, portico.Certificates, or the paths of certificate and key"
     raise SettingError("ssl_context", value, expected)
 

@@ -199,12 +199,12 @@ class GreenMixIn(_Base):
 
     def _request_here(self) -> Request | None:
         worker = getcurrent()
-        return worker.request if isinstance(worker, Worker) else None
+        return worker.task[0] if isinstance(worker, Worker) else None
 
     def _exchange_request(self, before: Request, request: Request) -> None:
         worker = getcurrent()
         if isinstance(worker, Worker):
-            worker.request = request
+            worker.task = (request, *worker.task[1:])
         super()._exchange_request(before, request)
 
     def _wait_event(self, event: threading.Event, seconds: float | None) -> None:

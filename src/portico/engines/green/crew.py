@@ -17,7 +17,7 @@ from _thread import get_ident
 from collections import deque
 from collections.abc import Callable
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from greenlet import GreenletExit, greenlet
 
@@ -41,18 +41,22 @@ LINGER: Final = 5.0
 """Seconds that an additional hub waits for something to do before it ends."""
 
 
+Task: TypeAlias = "tuple[Request, ClientAddress, bool]"
+"""A request, its client address, and whether it is on the plain path."""
+
+NO_TASK: Final[Task] = (None, None, False)
+
+
 class Worker(greenlet):
     """A greenlet that serves one request after another."""
 
-    __slots__ = ("client_address", "crew", "request")
+    __slots__ = ("crew", "task")
 
     def __init__(self, crew: Crew) -> None:
         super().__init__(parent=crew.hub.greenlet)
         self.crew = crew
-        self.client_address: ClientAddress = None
-        """Of the request under way."""
-        self.request: Request = None
-        """The request under way, as it was accepted."""
+        self.task: Task = NO_TASK
+        """What it does."""
 
     # Written out for speed, hence long.
     def run(  # noqa: C901, PLR0912  # pyright: ignore[reportIncompatibleMethodOverride]  # its way
@@ -62,17 +66,17 @@ class Worker(greenlet):
         crew, hub = self.crew, self.crew.hub
         server, requests = crew.server, crew.requests
         while True:
+            served = 0
             while requests:
-                request, self.client_address, is_plain = requests.popleft()
-                self.request = request
+                self.task = request, client_address, is_plain = requests.popleft()
                 try:
                     if not is_plain:
-                        server.process_request_thread(request, self.client_address)
+                        server.process_request_thread(request, client_address)
                     else:  # what the hooks that nobody has touched would do, see `plain`
                         try:
-                            server.RequestHandlerClass(request, self.client_address, server)
+                            server.RequestHandlerClass(request, client_address, server)
                         except BaseException as error:
-                            server._fail(request, self.client_address, error, None)
+                            server._fail(request, client_address, error, None)
                             if not isinstance(error, Exception):
                                 raise
                         else:
@@ -86,10 +90,11 @@ class Worker(greenlet):
                     hub.send_unsent()
                 if self.gr_context is not None:
                     self.gr_context = None  # the next request begins with a context of its own
-                crew.busy -= 1
+                served += 1
+            crew.busy -= served
             if hub.is_forked:  # the handler forked, and this is the child, which ends with it
                 os._exit(0)
-            self.client_address = self.request = request = None
+            self.task, request = NO_TASK, None
             if not crew.release(self):
                 return
             hub.greenlet.switch()
@@ -145,9 +150,10 @@ class Crew:
         self.server = server
         self.hub = Hub()
         self.busy = 0
-        """Requests that were taken and have not been served to their end."""
-        self.requests: deque[tuple[Request, ClientAddress, bool]] = deque()
-        """Those that no worker has begun to serve, and whether they are on the plain path."""
+        """Requests that were taken and have not been served to their end; one whose worker has
+        gone on to the next without a wait counts until that one waits or ends."""
+        self.requests: deque[Task] = deque()
+        """Those that no worker has begun to serve."""
         self.closes_plainly = True
         """Whether what came on the plain path has to be closed: a datagram has not."""
         self.dispatcher = Dispatcher(self)

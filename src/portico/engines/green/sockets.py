@@ -668,15 +668,16 @@ class DatagramListener(GreenSocket):
         self.settimeout(listener.gettimeout())
         self.watch.credit = sys.maxsize
 
-    def sendto(self, data: ReadableBuffer, *flags_and_address: Any) -> int:
+    def sendto(  # pyright: ignore[reportIncompatibleMethodOverride]  # the same calls are right
+        self, data: ReadableBuffer, address: Any, *flagged: Any
+    ) -> int:
         # The reply to a datagram, written out for speed: no flags, and no name to be looked up.
         try:
-            address = flags_and_address[0]
-            if address[0][-1:] < ":":  # as digits are; the rest is looked at more closely
+            if address[0][-1] < ":":  # as digits are; the rest is looked at more closely
                 return _sendto(self, data, NOW, address)
         except (BlockingIOError, TypeError, IndexError):  # to wait, or no address: as ever
             pass
-        return super().sendto(data, *flags_and_address)
+        return super().sendto(data, address, *flagged)
 
 
 class GreenSocketIO(socket.SocketIO):

@@ -132,7 +132,7 @@ class Watchdog:
         self._told[look.place] = now
         handler = self._server.RequestHandlerClass
         name = getattr(handler, "__qualname__", None) or repr(handler)
-        peer = None if look.worker is None else look.worker.client_address
+        peer = None if look.worker is None else look.worker.task[1]
         emit(HandlerStalled(self._server, peer, name, look.place, duration))
 
     def _wait_until_busy(self, crews: tuple[Crew, ...]) -> None:
