@@ -794,6 +794,7 @@ def test_reasons_read_as_words() -> None:
         "peer gone",
         "interrupted",
         "deadline",
+        "cut",
         "no preamble",
     ]
     assert [str(deadline) for deadline in Deadline] == [

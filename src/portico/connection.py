@@ -89,6 +89,9 @@ class Connection:
     has_ended: bool = False
     """Whether a drain has counted its end."""
 
+    was_cut: bool = False
+    """Whether it was shut down in both directions under its handler."""
+
     is_held: bool = False
     """Whether its socket is being used from another thread, and must not be closed."""
 
@@ -188,6 +191,8 @@ class Connections:
                 request = connection.request
                 if self.get(request) is not connection:
                     return False
+                if how == _socket.SHUT_RDWR:
+                    connection.was_cut = True
                 try:
                     # Not the method of a green or a TLS socket: those belong to another thread.
                     _socket.socket.shutdown(request, how)

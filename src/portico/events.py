@@ -151,6 +151,8 @@ class CloseReason(StrEnum):
     """`SystemExit`, `KeyboardInterrupt` or the like went through the handler."""
     DEADLINE = "deadline"
     """It exceeded a limit in time (`DeadlineExpired`)."""
+    CUT = "cut"
+    """It was closed at the end of a drain, or to make room for another (`BaseServer.when_full`)."""
     NO_PREAMBLE = "no preamble"
     """The TLS handshake or the PROXY header did not come (`PreambleFailed`)."""
 

@@ -220,6 +220,10 @@ class TCPServer(BaseServer):
 
     def shutdown_request(self, request: Request) -> None:
         """Tell the peer that no more is coming, and close the connection."""
+        if "_known_preamble" in self.__dict__ and hasattr(request, "unwrap"):
+            from portico.preamble import say_goodbye  # noqa: PLC0415  # it stands on ssl
+
+            say_goodbye(request)
         try:
             # Without it, bytes that the peer still sends would turn what it has not read of
             # our last ones into a reset; and a child process that shares the descriptor would
@@ -248,6 +252,10 @@ class UDPServer(TCPServer):
 
     receive_flags: int = 0
     """Flags for recvfrom(2); an engine that takes all that is waiting sets ``MSG_DONTWAIT``."""
+
+    @property
+    def _replies_by_listener(self) -> bool:
+        return True
 
     def server_activate(self) -> None:
         """Do nothing: a datagram socket has no backlog to open."""

@@ -70,6 +70,9 @@ MOST_AT_THE_END: Final = 65_536
 A flood that goes on must not keep it from its end.
 """
 
+UNDER_WAY_INTERVAL: Final = 0.01
+"""Seconds between two looks of a drain at requests that have no connection of their own."""
+
 
 class BaseServer:
     """The hooks that every server has, and the loop that calls them.
@@ -276,18 +279,23 @@ class BaseServer:
             drain, is_first = self._guard.drain, self._guard.drain is None
             if drain is None:
                 drain = self._guard.begin_drain(limit, self._request_here())
-        if is_first:
+        if not is_first:
+            self._wait_event(drain.is_over, None)
+            return self.drain_report
+        try:
             self.draining.set()
             self.shutdown()
             if DrainStarted.subscribers:
                 emit(DrainStarted(self, len(self._guard.connections), limit))
             self.__accept_rest(drain.deadline)
+            if self._replies_by_listener:
+                self.__await_requests(drain.deadline)
             self._close_listener()
             self.drain_report = drain.run(self._wait_event)
-            if Drained.subscribers:
-                emit(Drained(self, self.drain_report))
-        else:
-            self._wait_event(drain.is_over, None)
+        finally:
+            drain.is_over.set()
+        if Drained.subscribers:
+            emit(Drained(self, self.drain_report))
         return self.drain_report
 
     def service_actions(self) -> None:
@@ -464,8 +472,8 @@ class BaseServer:
         connection = self._end(request)
         if started is not None:
             reason = CloseReason.FINISHED
-            if connection is not None and connection.deadline is not None:
-                reason = CloseReason.DEADLINE
+            if connection is not None and connection.was_cut:
+                reason = _reason_of_cut(connection)
             self.__tell_closed(client_address, reason, started)
         return True
 
@@ -637,10 +645,10 @@ class BaseServer:
             if isinstance(error, PreambleError):
                 reason = CloseReason.NO_PREAMBLE
                 self.__tell_preamble(client_address, connection, error)
+            elif connection is not None and connection.was_cut and isinstance(error, OSError):
+                reason = _reason_of_cut(connection)  # no fault of the handler, and no news
             elif isinstance(error, Exception):
                 reason = self.__tell_failure(request, client_address, error)
-                if connection is not None and connection.deadline is not None:
-                    reason = CloseReason.DEADLINE
                 self.handle_error(request, client_address)
         finally:
             self._end(request)
@@ -706,6 +714,21 @@ class BaseServer:
         """Whether the client address is not known before `prepare_request`."""
         return False
 
+    def __await_requests(self, deadline: float) -> None:
+        """Wait until what was taken has been served, as far as the engine knows."""
+        never = threading.Event()
+        while self._requests_under_way() and time() < deadline:
+            self._wait_event(never, UNDER_WAY_INTERVAL)
+
+    @property
+    def _replies_by_listener(self) -> bool:
+        """Whether handlers use the listener, so that it must stay open for them."""
+        return False
+
+    def _requests_under_way(self) -> int:
+        """Return how many requests wait for a worker or are being served; for the engines."""
+        return 0
+
     def _close_listener(self) -> None:
         """Close the listener, and nothing else; for the families."""
 
@@ -718,7 +741,7 @@ class BaseServer:
             return None
         try:
             descriptor = connection.request.fileno()
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):  # gone, or of a program's own kind
             return None
         return thread_waits_in_read(connection.thread, descriptor)
 
@@ -762,6 +785,11 @@ class BaseServer:
     ) -> None:
         if started is not None:
             emit(ConnectionClosed(self, client_address, reason, time() - started))
+
+
+def _reason_of_cut(connection: Connection) -> CloseReason:
+    """Return why a connection ended that was shut down under its handler."""
+    return CloseReason.CUT if connection.deadline is None else CloseReason.DEADLINE
 
 
 def say_farewell(request: Request, farewell: bytes) -> None:

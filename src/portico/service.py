@@ -58,7 +58,7 @@ is to stop a service."""
 class AddressedMixIn(_Base):
     """Bind to a `Place`, and remove the file of a Unix socket when the server is closed.
 
-    Extends `server_bind` and `server_close` with what `portico.listener` does.
+    Extends `server_bind`, and the closing of the listener, with what `portico.listener` does.
     """
 
     place: Place
@@ -75,12 +75,12 @@ class AddressedMixIn(_Base):
         """Bind as the place asks for."""
         self._file = listener.bind(self.socket, self.place, super().server_bind)
 
-    def server_close(self) -> None:
-        """Remove the file of a Unix socket, if this server made it, and close the server."""
+    def _close_listener(self) -> None:
+        """Remove the file of a Unix socket, if this server made it, and close the listener."""
         file, self._file = self._file, None
         if file is not None:
             file.remove()
-        super().server_close()
+        super()._close_listener()
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,9 @@ class ForkingMixIn(Hooks):
         self.collect_children(blocking=self.block_on_close)
         self._close_exits()
 
+    def _requests_under_way(self) -> int:
+        return len(self.active_children or ())
+
     def _get_guard(self) -> Guard | None:
         """Return what counts the connections, on a server of ours."""
         return getattr(self, "_guard", None)

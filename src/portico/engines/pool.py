@@ -104,6 +104,9 @@ class ThreadPoolMixIn(Hooks):
         if pool.hand_over(_Task(request, client_address, since, copy_context())):
             pool.pause_accepting()
 
+    def _requests_under_way(self) -> int:
+        return 0 if self._pool is None else self._pool.under_way
+
     def server_close(self) -> None:
         """Close the listener, then wait as `block_on_close` says.
 
@@ -167,6 +170,12 @@ class Pool:
     def workers(self) -> int:
         """Threads, idle or serving."""
         return len(self._workers)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are queued or served."""
+        with self._lock:
+            return len(self._queue) + len(self._workers) - len(self._idle)
 
     @property
     def queued(self) -> int:

@@ -147,6 +147,11 @@ class ThreadingMixIn(Hooks):
             threads.append(thread)
             thread.start()
 
+    def _requests_under_way(self) -> int:
+        threads = self._threads
+        threads.reap()
+        return len(threads) if isinstance(threads, list) else 0
+
     def server_close(self) -> None:
         """Close the listener, then wait for the threads as `block_on_close` says."""
         super().server_close()

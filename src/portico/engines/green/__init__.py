@@ -197,6 +197,9 @@ class GreenMixIn(_Base):
         request = connection.request
         return request.watch.reader is not None if isinstance(request, GreenSocket) else None
 
+    def _requests_under_way(self) -> int:
+        return sum(crew.busy for crew in self._get_green().crews.live())
+
     def _request_here(self) -> Request | None:
         worker = getcurrent()
         return worker.task[0] if isinstance(worker, Worker) else None
