@@ -40,6 +40,8 @@ def speaks_tls(server: Any, listener: object) -> bool:
     A program's own `get_request`, or its own kind of listener, may count on a connection with which
     hands have been shaken.
     """
+    if type(listener) is _Socket:  # the common case: a miss of hasattr is slow
+        return False
     if not isinstance(listener, _Socket) or not hasattr(listener, "context"):
         return False
     get_request = getattr(server.get_request, "__func__", None)

@@ -186,7 +186,7 @@ class GreenAcceptor(Acceptor):
         timer = None if seconds is None else self._hub.call_later(seconds, self._ring)
         self._waiting = getcurrent()
         try:
-            self._hub.greenlet.switch()
+            self._hub.switch()
         finally:
             self._waiting = None
             if timer is not None:

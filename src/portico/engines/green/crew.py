@@ -97,7 +97,7 @@ class Worker(greenlet):
             self.task, request = NO_TASK, None
             if not crew.release(self):
                 return
-            hub.greenlet.switch()
+            hub.switch()
 
 
 class Dispatcher:

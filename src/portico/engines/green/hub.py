@@ -83,6 +83,8 @@ class Hub(asyncio.SelectorEventLoop):
     def __init__(self, poller: Poller | None = None) -> None:
         self.poller = make_poller() if poller is None else poller
         self.greenlet: greenlet = NOBODY
+        self.switch: Callable[[], object] = NOBODY.switch
+        """Lets the calling greenlet wait: the method of `greenlet`, at hand."""
         self.unsent: list[Unsent] = []
         self.sending = Lock()  # guards the bytes of what is in `unsent` against the watchdog
         self.wants = None if self.poller.is_edge_triggered else self.poller.wants
@@ -105,11 +107,12 @@ class Hub(asyncio.SelectorEventLoop):
             self._renew()
         thread = get_ident()
         self.greenlet = getcurrent()
+        self.switch = self.greenlet.switch
         _running[thread] = self
         try:
             super().run_forever()
         finally:
-            self.greenlet = NOBODY
+            self.greenlet, self.switch = NOBODY, NOBODY.switch
             _running.pop(thread, None)
 
     def stop(self) -> None:
@@ -169,7 +172,7 @@ class Hub(asyncio.SelectorEventLoop):
             self.send_unsent()
         self.run_soon(current)
         try:
-            self.greenlet.switch()
+            self.switch()
         finally:
             self.cancel_run(current)
 
@@ -236,7 +239,7 @@ class Hub(asyncio.SelectorEventLoop):
     def _fork(self) -> None:
         """Leave the parent's hub alone; called in a child process, perhaps by a greenlet."""
         self.is_forked = True
-        self.greenlet = NOBODY
+        self.greenlet, self.switch = NOBODY, NOBODY.switch
         self.unsent.clear()
         self.poller.abandon()
         self.stop()
@@ -275,7 +278,7 @@ class Alarm:
             return
         self._is_waiting = True
         try:
-            self._hub.greenlet.switch()
+            self._hub.switch()
         finally:
             self._is_waiting = False
 

@@ -256,12 +256,14 @@ if HAS_EPOLL:
                         # Between the report and this line an earlier greenlet may have closed the
                         # descriptor, or a new socket may have got its number: the watch is then
                         # missing or another, and a needless wake-up only costs it one failed read.
-                        watch = watched.get(fd)
-                        if watch is None:
+                        try:
+                            watch = watched[fd]
+                        except KeyError:
                             key = self._keys.get(fd)
                             if key is not None:
                                 ready.append((key, _to_selector_events(event) & key.events))
-                        elif event == readable:  # the common case, written out for speed
+                            continue
+                        if event == readable:  # the common case, written out for speed
                             reader = watch.reader
                             if reader is None:
                                 watch.may_read = True

@@ -148,7 +148,8 @@ class GreenSocket(socket.socket):
 
     # --- reading ----------------------------------------------------------------------------
 
-    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+    # Written out for speed, hence long.
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:  # noqa: C901
         watch = self.watch
         if flags or bufsize <= 0:
             return self._read_flagged(flags, _recv, bufsize)
@@ -156,6 +157,7 @@ class GreenSocket(socket.socket):
             watch.credit -= 1
             if watch.credit <= 0:
                 watch.give_way()
+            watch.may_read = False
         elif watch.owner is not getcurrent():
             watch.wait_readable()
         else:  # the short way of wait_readable, written out for speed
@@ -166,7 +168,7 @@ class GreenSocket(socket.socket):
                 watch.credit = CREDIT
                 watch.reader = watch.owner
                 try:
-                    hub.greenlet.switch()
+                    hub.switch()
                 finally:
                     watch.reader = None
                     if watch.crowd is not None:
@@ -176,12 +178,13 @@ class GreenSocket(socket.socket):
         except BlockingIOError:
             self._check_waiting()
         else:
-            watch.may_read = watch.is_eager or len(data) == bufsize
+            if len(data) == bufsize or watch.is_eager:
+                watch.may_read = True
             return data
         return self._read(_recv, bufsize, NOW)
 
     # Written out for speed, hence long.
-    def recv_into(  # noqa: C901
+    def recv_into(  # noqa: C901, PLR0912
         self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0
     ) -> int:
         watch = self.watch
@@ -195,6 +198,7 @@ class GreenSocket(socket.socket):
             watch.credit -= 1
             if watch.credit <= 0:
                 watch.give_way()
+            watch.may_read = False
         elif watch.owner is not getcurrent():
             watch.wait_readable()
         else:  # the short way of wait_readable, written out for speed
@@ -205,7 +209,7 @@ class GreenSocket(socket.socket):
                 watch.credit = CREDIT
                 watch.reader = watch.owner
                 try:
-                    hub.greenlet.switch()
+                    hub.switch()
                 finally:
                     watch.reader = None
                     if watch.crowd is not None:
@@ -216,7 +220,8 @@ class GreenSocket(socket.socket):
             self._check_waiting()
         else:
             # The size may be in items of several bytes; then this errs to the safe side.
-            watch.may_read = watch.is_eager or count >= size
+            if count >= size or watch.is_eager:
+                watch.may_read = True
             return count
         return self._read(_recv_into, buffer, nbytes, NOW)
 
@@ -331,7 +336,7 @@ class GreenSocket(socket.socket):
         if watch.credit <= 0:
             watch.give_way()
         try:
-            sent = _send(self, data, flags | NOW)
+            sent = _send(self, data, flags | NOW if flags else NOW)
         except BlockingIOError:
             if watch.timeout == 0:
                 raise
@@ -699,6 +704,7 @@ class GreenSocketIO(socket.SocketIO):
                 watch.credit -= 1
                 if watch.credit <= 0:
                     watch.give_way()
+                watch.may_read = False
             elif watch.owner is not getcurrent():
                 watch.wait_readable()
             else:  # the short way of wait_readable, written out for speed
@@ -709,7 +715,7 @@ class GreenSocketIO(socket.SocketIO):
                     watch.credit = CREDIT
                     watch.reader = watch.owner
                     try:
-                        hub.greenlet.switch()
+                        hub.switch()
                     finally:
                         watch.reader = None
                         if watch.crowd is not None:
@@ -721,7 +727,8 @@ class GreenSocketIO(socket.SocketIO):
                 if watch.timeout == 0:
                     return None
             else:
-                watch.may_read = watch.is_eager or count >= len(b)  # type: ignore[arg-type]
+                if count >= len(b) or watch.is_eager:  # type: ignore[arg-type]  # it has one
+                    watch.may_read = True
                 return count
             return sock._read(_recv_into, b, 0, NOW, is_file=True)
         except TimeoutError:

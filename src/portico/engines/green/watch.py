@@ -130,7 +130,7 @@ class Watch:
         if hub.wants is not None:
             hub.wants(self)
         try:
-            hub.greenlet.switch()
+            hub.switch()
         finally:
             self.reader = None
             if self.crowd is not None:
@@ -160,7 +160,7 @@ class Watch:
         if hub.wants is not None:
             hub.wants(self)
         try:
-            hub.greenlet.switch()
+            hub.switch()
         finally:
             self.writer = None
             if self.crowd is not None:
@@ -310,7 +310,7 @@ class Watch:
         self.crowd.append(current)
         timer = None if deadline == inf else hub.call_at(deadline, self._expire_crowd, current)
         try:
-            hub.greenlet.switch()
+            hub.switch()
         finally:
             if timer is not None:
                 timer.cancel()
