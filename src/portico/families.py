@@ -184,8 +184,8 @@ class TCPServer(BaseServer):
         """Accept one connection.
 
         Returns:
-            Its socket, and the address of the client.  From a TLS listener it is a bare socket:
-            hands are shaken in the worker, where one silent client does not stop all others.
+            Its socket, and the address of the client.  From a TLS listener it is a bare socket,
+            because hands are shaken in the worker, where one silent client stops nobody else.
 
         Raises:
             OSError: As accept(2); the serving loop knows what each one asks for.
