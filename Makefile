@@ -18,9 +18,6 @@ BIN := .venv/bin
 # CPython's own tests, which run in every supported interpreter by themselves.
 CPYTHON_TESTS := tests/compat/test_cpython.py
 
-# Tests that measure a server; with coverage they would measure its tracer, too.
-MEASURING_TESTS := tests/benchmarks tests/scenarios/test_endurance.py
-
 # One resolution for every supported Python, with markers where they differ, and without the
 # addresses and folders of the machine that made it.
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --quiet \
@@ -57,13 +54,13 @@ types: environment ## check types (mypy, pyright) and that the public face is co
 
 unit: environment ## run the tests on the sources, with coverage of lines and branches
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(addprefix --ignore=,$(CPYTHON_TESTS) $(MEASURING_TESTS))
+	$(BIN)/coverage run -m pytest --ignore=$(CPYTHON_TESTS) -m "not long"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
-	$(BIN)/python -m pytest $(MEASURING_TESTS)
+	$(BIN)/python -m pytest -m long
 
 wheel-suite: wheel ## run the tests on the built wheel, on every other supported Python
-	$(BIN)/python -m tools.wheel_suite --ignore=$(CPYTHON_TESTS) --quiet
+	$(BIN)/python -m tools.wheel_suite --ignore=$(CPYTHON_TESTS) -m "not long" --quiet
 
 bench: environment ## measure every engine beside its peers
 	@$(PYTHON) tools/environment.py .venv requirements/bench.txt

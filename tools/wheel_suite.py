@@ -7,22 +7,34 @@ that one is used, so that what is shipped is tried everywhere.
     python -m tools.wheel_suite [pytest's arguments]
 """
 
+import os
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tools import interpreters
 from tools.interpreters import ROOT, Interpreter
 
 
-def run_suite(interpreter: Interpreter, wheel: Path, arguments: list[str]) -> bool:
-    """Install the wheel for one interpreter, run pytest on it, and say whether it passed."""
+def run_suite(wheel: Path, arguments: list[str], interpreter: Interpreter) -> tuple[bool, str]:
+    """Install the wheel for one interpreter, run pytest on it; return whether it passed, and how."""
     environment = ROOT / ".venvs" / interpreter.name
     prepare = (ROOT / "tools" / "environment.py", environment, ROOT / "requirements" / "test.txt")
     subprocess.run([interpreter.executable, *prepare, wheel], check=True)
     pytest = (environment / "bin" / "python", "-m", "pytest")
-    return subprocess.run([*pytest, *arguments], cwd=ROOT, check=False).returncode == 0
+    done = subprocess.run(
+        [*pytest, *arguments],
+        cwd=ROOT,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode == 0, done.stdout
 
 
 def main(arguments: list[str]) -> int:
@@ -31,10 +43,15 @@ def main(arguments: list[str]) -> int:
     found = interpreters.find_all()
     others = [each for each in found if each.name != sysconfig.get_python_version()]
     failed = []
-    for interpreter in others or found:
-        print(f"\n==> {wheel.name} on Python {interpreter.name}", flush=True)
-        if not run_suite(interpreter, wheel, arguments):
-            failed.append(interpreter.name)
+    # Side by side: a test waits for most of its time.
+    with ThreadPoolExecutor(os.cpu_count()) as runs:
+        suites = others or found
+        for interpreter, (has_passed, said) in zip(
+            suites, runs.map(partial(run_suite, wheel, arguments), suites), strict=True
+        ):
+            print(f"\n==> {wheel.name} on Python {interpreter.name}\n{said}", flush=True)
+            if not has_passed:
+                failed.append(interpreter.name)
     on_machine = {interpreter.version for interpreter in found}
     for major, minor in interpreters.supported_versions():
         if (major, minor) not in on_machine:

@@ -22,6 +22,8 @@ from benchmarks.side_by_side import in_turns
 from benchmarks.toolchain import generator
 from benchmarks.works import WORKS, Result, Scale
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 ECHO = WORKS[0]
 

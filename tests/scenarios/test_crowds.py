@@ -23,6 +23,8 @@ import pytest
 
 from tests.support import PATIENCE, eventually, running_program
 
+pytestmark = pytest.mark.long
+
 SERVER = """
 import sys, threading
 import portico

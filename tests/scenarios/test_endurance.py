@@ -22,6 +22,8 @@ import pytest
 
 import portico
 
+pytestmark = pytest.mark.long
+
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(),
     reason="only Linux tells, in /proc, what a process uses and how often it woke",

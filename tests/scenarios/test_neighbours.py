@@ -24,6 +24,8 @@ from portico import DatagramRequestHandler, GreenTCPServer, GreenUDPServer, Stre
 from portico.events import HandlerStalled
 from tests.support import PATIENCE, RunningServer, eventually, recorded, running_program
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(params=["epoll", "portable"])
 def poller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
