@@ -20,7 +20,7 @@ from tools.interpreters import ROOT, Interpreter
 
 
 def run_suite(wheel: Path, arguments: list[str], interpreter: Interpreter) -> tuple[bool, str]:
-    """Install the wheel for one interpreter, run pytest on it; return whether it passed, and how."""
+    """Run pytest on the wheel with one interpreter; return whether it passed, and how."""
     environment = ROOT / ".venvs" / interpreter.name
     prepare = (ROOT / "tools" / "environment.py", environment, ROOT / "requirements" / "test.txt")
     subprocess.run([interpreter.executable, *prepare, wheel], check=True)

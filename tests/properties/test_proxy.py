@@ -55,7 +55,8 @@ def tcp6_lines() -> st.SearchStrategy[bytes]:
         IPV6.map(lambda host: socket.inet_ntop(socket.AF_INET6, host.packed)),
     )
     lines = st.builds("PROXY TCP6 {} {} {} {}\r\n".format, spellings, spellings, PORTS, PORTS)
-    return lines.map(str.encode)
+    # From Python 3.13 on, an exploded address may end in dots: nobody's spelling, and too long.
+    return lines.map(str.encode).filter(lambda line: len(line) <= MAX_LINE_SIZE)
 
 
 def unknown_lines() -> st.SearchStrategy[bytes]:
@@ -191,14 +192,19 @@ def test_any_bytes_are_a_header_or_its_beginning_or_an_error(data: bytes) -> Non
 @example(b"PROXY TCP6 :")
 def test_a_line_is_incomplete_only_if_it_can_be_completed(data: bytes) -> None:
     """So an error comes as early as it can: no peer is waited for in vain."""
-    assume(len(data) < MAX_LINE_SIZE - 30)  # where there is room for the rest
-    assume(_is_incomplete(data))
+    data = data[: MAX_LINE_SIZE - 30]  # so that there is room for the rest
+    while not _is_incomplete(data):
+        data = data[:-1]
     assert any(_is_header(data + rest) for rest in rests_of_lines(data))
 
 
 def rests_of_lines(data: bytes) -> Iterator[bytes]:
-    """What completes a line that begins with `data`, if anything does: one of these."""
-    starts = (b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN\r\n")
+    """What completes a line that begins with `data`, if anything does: one of these.
+
+    The first bytes of a damaged line may also be those of version 2.
+    """
+    local = SIGNATURE + b"\x20\0\0\0"
+    starts = (b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN\r\n", local)
     heads = [start[len(data) :] for start in starts if start.startswith(data)] or [b""]
     fields = [b"", b"0", b":", b"::", b".0", b"0.0", b".0.0", b"0.0.0", b".0.0.0", b"0.0.0.0"]
     hosts = [b"", b" ::", b" 0.0.0.0"]
