@@ -220,6 +220,8 @@ def shake_hands(
     tls: ssl.SSLSocket | None = None
     try:
         deadline.apply(sock)
+        # Of a connection that is down already, wrap_socket leaves an open socket to the collector.
+        sock.getpeername()
         tls = context.wrap_socket(
             sock,
             server_side=True,
