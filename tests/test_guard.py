@@ -178,6 +178,7 @@ def test_limits_in_time_that_change_hold_for_who_is_open(server: Server) -> None
         server.request_timeout = 0.05
         with recorded(DeadlineExpired) as expired, RunningServer(server):
             assert client.recv(1) == b""
+            eventually(lambda: expired)
         assert len(expired) == 1
 
 

@@ -1,16 +1,35 @@
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import pytest
 
+from portico import (
+    BaseRequestHandler,
+    ForkingUnixStreamServer,
+    GreenUnixStreamServer,
+    ThreadingUnixStreamServer,
+    ThreadPoolUnixStreamServer,
+)
 from portico.connection import Connection, Connections
 from portico.deadlines import Memory, Rules
 from portico.events import Deadline, DeadlineExpired
 from portico.timekeeper import RETRY, Timekeeper
-from tests.support import PATIENCE, Call, eventually, nothing_left_behind, recorded
+from tests.support import (
+    PATIENCE,
+    Call,
+    RunningServer,
+    connect,
+    eventually,
+    nothing_left_behind,
+    recorded,
+)
 
 SHORT = Rules(request_timeout=0.02)
 LONG = Rules(request_timeout=3600.0)
@@ -221,3 +240,81 @@ def test_many_threads_that_wake_it_start_one(scene: Scene) -> None:
     ]
     assert len(started) == 1
     keeper.stop()
+
+
+# --- Unix sockets -----------------------------------------------------------------------
+
+
+class Echo(BaseRequestHandler):
+    def handle(self) -> None:
+        while data := self.request.recv(100):
+            self.request.sendall(data)
+
+
+class Pushing(BaseRequestHandler):
+    """Sends without being asked, to a client that reads: more than the kernel holds."""
+
+    def handle(self) -> None:
+        while True:
+            self.request.sendall(bytes(65536))
+
+
+ENGINES = [
+    ThreadingUnixStreamServer,
+    ThreadPoolUnixStreamServer,
+    GreenUnixStreamServer,
+    ForkingUnixStreamServer,
+]
+
+
+@pytest.fixture(params=ENGINES, ids=lambda kind: kind.__name__)
+def unix_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    kind = type("Server", (request.param,), {"idle_timeout": 0.8})
+    with RunningServer(kind(str(tmp_path / "socket"), Echo)) as running:
+        yield running.server
+
+
+def test_an_idle_client_of_a_unix_socket_is_closed_by_its_deadline(unix_server: Any) -> None:
+    with recorded(DeadlineExpired) as expired, connect(unix_server) as client:
+        client.sendall(b"hello")
+        assert client.recv(100) == b"hello"
+        assert client.recv(100) == b""
+        if hasattr(unix_server, "active_children"):  # it is the child that tells
+            return
+        eventually(lambda: expired)
+        assert [event.deadline for event in expired] == [Deadline.IDLE]
+
+
+def test_a_client_of_a_unix_socket_that_talks_is_not(unix_server: Any) -> None:
+    pause = threading.Event()
+    with connect(unix_server) as client:
+        for _ in range(10):
+            client.sendall(b"hello")
+            assert client.recv(100) == b"hello"
+            pause.wait(0.12)
+
+
+@pytest.mark.parametrize("handler", [Echo, Pushing])
+def test_a_client_of_a_unix_socket_that_never_rests_is_not(
+    unix_server: Any, handler: type[BaseRequestHandler]
+) -> None:
+    """The handler hardly ever waits for it, or only for room."""
+    unix_server.RequestHandlerClass = handler
+    with connect(unix_server) as client:
+        end = monotonic() + 1.4
+        while monotonic() < end:
+            if handler is Echo:
+                client.sendall(bytes(100))
+            assert client.recv(100)
+
+
+def test_a_client_of_a_unix_socket_that_reads_nothing_is_closed(unix_server: Any) -> None:
+    unix_server.RequestHandlerClass = Pushing
+    with connect(unix_server) as client:
+        eventually(lambda: is_hung_up(client))
+
+
+def is_hung_up(client: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(client, 0)
+    return bool(poll.poll(0))
