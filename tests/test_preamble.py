@@ -113,7 +113,8 @@ def test_a_peer_that_leaves_in_the_middle_of_a_header_is_told_as_such(pair: Pair
 def test_a_peer_that_resets_in_the_middle_of_a_header_is_no_proxy(pair: Pair) -> None:
     request, peer = pair
     peer.sendall(LINE[:10])
-    reading = Call(header_of, request)
+    address = request.getpeername()
+    reading = Call(read_header, request, address, TRUSTED, Deadline(PATIENCE))
     reset(peer)
     failure = reading.failure()
     assert isinstance(failure, PreambleError)
