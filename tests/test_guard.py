@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -12,13 +16,21 @@ import pytest
 from portico import (
     BaseRequestHandler,
     ForkingTCPServer,
+    GreenTCPServer,
     StreamRequestHandler,
     TCPServer,
     ThreadingTCPServer,
+    ThreadingUnixStreamServer,
     ThreadPoolTCPServer,
 )
 from portico.errors import SettingError
-from portico.events import ConnectionRefused, DeadlineExpired, RefusalReason
+from portico.events import (
+    CloseReason,
+    ConnectionClosed,
+    ConnectionRefused,
+    DeadlineExpired,
+    RefusalReason,
+)
 from portico.guard import Guard, check_timeout
 from tests.support import (
     PATIENCE,
@@ -365,3 +377,139 @@ def test_a_process_that_was_forked_begins_without_the_connections_of_its_parent(
         guard.note_closing(ours)
         assert guard.keeper is not None
         guard.keeper.stop()
+
+
+# --- making room ------------------------------------------------------------------------
+
+SHEDDING = [ThreadingTCPServer, GreenTCPServer]
+
+
+@pytest.mark.parametrize("kind", SHEDDING)
+@pytest.mark.parametrize("idle", [0, 1])
+def test_who_has_been_idle_for_longest_makes_room_for_who_comes(kind: Any, idle: int) -> None:
+    attributes = {"max_connections": 2, "when_full": "shed"}
+    server = type("Server", (kind,), attributes)(LOOPBACK, Echo)
+    with (
+        recorded(ConnectionClosed) as closed,
+        RunningServer(server) as running,
+        running.connect() as first,
+        running.connect() as second,
+    ):
+        clients = first, second
+        for client in clients:
+            exchange(client)
+        threading.Event().wait(0.05)  # some ticks of the kernel's clock
+        exchange(clients[1 - idle])
+        with running.connect() as third:
+            exchange(third)
+            assert goodbye(clients[idle]) == b""
+            eventually(lambda: closed)
+            assert closed[0].reason is CloseReason.CUT
+            exchange(clients[1 - idle])
+
+
+def test_one_that_has_moved_since_it_was_found_idle_is_spared() -> None:
+    """One look finds several; each is looked at again when its turn comes."""
+    attributes = {"max_connections": 16, "when_full": "shed"}
+    server: Any = type("Server", (Server,), attributes)(LOOPBACK, Echo)
+    with RunningServer(server) as running, ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(16)]
+        for client in clients:
+            exchange(client)
+        guard = server._guard
+        found = guard._find_idle(monotonic())
+        assert len(found) == 3
+        threading.Event().wait(0.05)
+        guard._idle = list(found)
+        by_port = {client.getsockname()[1]: client for client in clients}
+        longest, next_one = (by_port[entry[1].client_address[1]] for entry in found[:0:-1])
+        exchange(longest)
+        threading.Event().wait(0.03)
+        guard.shed()
+        assert goodbye(next_one) == b""
+        exchange(longest)
+
+
+def test_where_the_kernel_does_not_tell_the_oldest_makes_room(tmp_path: Path) -> None:
+    attributes = {"max_connections": 2, "when_full": "shed"}
+    kind: Any = type("Server", (ThreadingUnixStreamServer,), attributes)
+    with (
+        RunningServer(kind(str(tmp_path / "socket"), Echo)) as running,
+        running.connect() as first,
+        running.connect() as second,
+        running.connect() as third,
+    ):
+        exchange(third)
+        assert goodbye(first) == b""
+        exchange(second)
+
+
+def test_nobody_can_be_shed_where_nobody_is_known() -> None:
+    with Server(LOOPBACK, Echo) as server:
+        server._guard.shed()
+        assert not server._guard._idle
+
+
+# --- whom a proxy speaks for ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, GreenTCPServer, ThreadPoolTCPServer])
+def test_the_places_of_whom_a_proxy_speaks_for_are_given_back(kind: Any) -> None:
+    attributes = {"proxy_protocol": ("127.0.0.0/8",), "max_connections_per_peer": 1}
+    with RunningServer(type("Server", (kind,), attributes)(LOOPBACK, Echo)) as running:
+        gate = running.server._guard.gate
+        for _ in range(2):
+            with recorded(ConnectionRefused) as refused:
+                with running.connect() as first, running.connect() as second:
+                    exchange_behind_proxy(first)
+                    second.sendall(PROXY_LINE)
+                    assert goodbye(second) == b""
+                eventually(lambda: gate.active == 0)
+            (event,) = refused
+            assert event.peer == ("192.0.2.1", 4000)
+            assert event.reason is RefusalReason.TOO_MANY_OF_PEER
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, TCPServer])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_program_is_asked_about_whom_a_proxy_speaks_for(kind: Any, raises: bool) -> None:
+    asked: list[Any] = []
+
+    class Asking(kind):  # type: ignore[misc]
+        proxy_protocol = ("127.0.0.0/8",)
+        max_connections = 5
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            asked.append(client_address)
+            if raises:
+                raise ValueError("on purpose")
+            return False
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            asked.append("error")
+
+    with RunningServer(Asking(LOOPBACK, Echo)) as running:
+        with running.connect() as client:
+            client.sendall(PROXY_LINE)
+            assert goodbye(client) == b""
+        guard = running.server._guard
+        eventually(lambda: guard.gate.active == 0 and not guard.open)
+    assert asked == [("192.0.2.1", 4000), "error"][: 1 + raises]
+
+
+def exchange_behind_proxy(client: socket.socket) -> None:
+    client.sendall(PROXY_LINE + b"hello\n")
+    assert client.recv(100) == b"hello\n"
+
+
+def test_rules_that_change_count_whom_a_proxy_speaks_for() -> None:
+    server: Any = type("Server", (Server,), {"proxy_protocol": ("127.0.0.0/8",)})(LOOPBACK, Echo)
+    server.max_connections_per_peer = 5
+    with RunningServer(server) as running, running.connect() as first:
+        exchange_behind_proxy(first)
+        running.shutdown()
+        server.max_connections_per_peer = 1
+        with RunningServer(server) as again, again.connect() as second:
+            second.sendall(PROXY_LINE)
+            assert goodbye(second) == b""
+            exchange(first)

@@ -180,7 +180,7 @@ class Guard:
         return connection
 
     def await_room(self) -> int | None:
-        """Make room for a client, or have it wait; ``None`` if it may come in.
+        """Say whether a client has to wait for a place; ``None`` if it may come in.
 
         Returns:
             A descriptor that is readable as soon as there is room.
@@ -191,12 +191,14 @@ class Guard:
         gate = self.gate
         if gate is None or gate.when_full is WhenFull.REFUSE:
             return None
-        room = gate.await_room()
-        if room is not None and gate.when_full is WhenFull.SHED:
-            self._shed()
-        return room
+        return gate.await_room()
 
-    def _shed(self) -> None:
+    @property
+    def sheds(self) -> bool:
+        """Whether a client who waits for a place gets that of another: `shed`."""
+        return self.gate is not None and self.gate.when_full is WhenFull.SHED
+
+    def shed(self) -> None:
         """End the connection that has been idle for longest.
 
         One look at all of them finds several; each is looked at again when its turn comes.

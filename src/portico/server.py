@@ -36,6 +36,7 @@ from portico.acceptor import (
     Wakeup,
     is_listening,
     is_open,
+    is_ready,
     recovery,
 )
 from portico.connection import ClientAddress, Connection, Request, can_be_tracked, is_peer_gone
@@ -638,9 +639,14 @@ class BaseServer:
         except OSError as error:
             self.__recover(error)
             return True
-        if room is not None:
-            self.pause_accepting(until=(room,))
-        return room is not None
+        if room is None:
+            return False
+        if self._guard.sheds:
+            if not is_ready(self):  # an engine asks ahead, and nobody is there
+                return True
+            self._guard.shed()
+        self.pause_accepting(until=(room,))
+        return True
 
     def __recover(self, error: OSError) -> None:
         """Decide how to go on after accepting failed."""
