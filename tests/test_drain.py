@@ -232,6 +232,27 @@ def test_in_the_thread_that_serves_the_loop_drains_before_it_returns(kind: Any) 
         assert running.server.phase is Phase.CLOSED
 
 
+@pytest.mark.parametrize("kind", [TCPServer, ThreadingTCPServer, GreenTCPServer])
+@pytest.mark.parametrize("is_drained", [True, False])
+def test_the_thread_that_serves_may_close(kind: Any, is_drained: bool) -> None:
+    """It ends the loop, and does not wait for itself; a drain that it asked for before comes."""
+
+    class Closing(kind):  # type: ignore[misc]
+        drain_timeout = PATIENCE
+        block_on_close = False
+
+        def service_actions(self) -> None:
+            super().service_actions()
+            if is_drained:
+                assert self.drain() is None
+            self.server_close()
+
+    with RunningServer(Closing(LOOPBACK, Handler), 0.01) as running:
+        assert running.wait_ended() is None
+        assert running.server.phase is Phase.CLOSED
+        assert (running.server.drain_report is not None) is is_drained
+
+
 def test_a_server_that_never_served_cannot_be_drained() -> None:
     with TCPServer(LOOPBACK, Handler) as server:
         with pytest.raises(PhaseError, match="serving or stopped"):

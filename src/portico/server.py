@@ -251,10 +251,9 @@ class BaseServer:
             if ending.is_set() is True:
                 return
             self.__shutdown_request = True
-            process = os.getpid()
-            serves_here = (process, threading.get_ident()) in self.__loops
+            serves_here = self.__serves_here
         # A program may have put an event of its own in the place of ours.
-        is_elsewhere = isinstance(ending, _Ending) and ending.process != process
+        is_elsewhere = isinstance(ending, _Ending) and ending.process != os.getpid()
         if not serves_here and not is_elsewhere:
             ending.wait()
 
@@ -285,17 +284,17 @@ class BaseServer:
         check_timeout("timeout", timeout)
         limit = self.drain_timeout if timeout is None else timeout
         with self.__lock:
-            if self._guard.drain is None:
+            if self._guard.drain is None and self.__drain_wish is None:
                 move(self.__phase, Phase.DRAINING)  # may it?
-            here = (os.getpid(), threading.get_ident())
-            if here in self.__loops:
+            if self.__serves_here:
                 self.__drain_wish = (timeout,)
                 self.__shutdown_request = True
                 return None
             drain, is_first = self._guard.drain, self._guard.drain is None
             if drain is None:
                 drain = self._guard.begin_drain(limit, self._request_here())
-                self.__phase = move(self.__phase, Phase.DRAINING)
+                if self.__phase is not Phase.CLOSED:  # since it was wished for
+                    self.__phase = move(self.__phase, Phase.DRAINING)
         if not is_first:
             self._guard.spare(self._request_here())
             self._wait_event(drain.is_over, None)
@@ -329,9 +328,10 @@ class BaseServer:
         """Close the server; a serving loop ends.  Callable more than once.
 
         With a `drain_timeout`, it is drained first, and a handler that goes on all the same is not
-        waited for.
+        waited for; but not in the thread that serves.
         """
-        if self.drain_timeout is not None and self.__phase in _BEFORE_THE_END:
+        can_drain = self.__phase in _BEFORE_THE_END and not self.__serves_here
+        if self.drain_timeout is not None and can_drain:
             self.drain()
         with self.__lock:
             self.__phase = move(self.__phase, Phase.CLOSED)
@@ -606,6 +606,11 @@ class BaseServer:
                 if self.__phase is Phase.SERVING:
                     self.__phase = move(self.__phase, Phase.STOPPED)
             self.__loops = tuple(other for other in self.__loops if other != loop)
+
+    @property
+    def __serves_here(self) -> bool:
+        """Whether the calling thread is in `serve_forever`."""
+        return (os.getpid(), threading.get_ident()) in self.__loops
 
     def __begin_anew(self) -> None:
         self.__phase = Phase.CREATED
