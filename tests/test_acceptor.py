@@ -25,6 +25,7 @@ from portico.acceptor import (
     Wakeup,
     is_listening,
     is_open,
+    is_ready,
     recovery,
 )
 from tests.support import PATIENCE, Call, Client, nothing_left_behind, run_program
@@ -568,3 +569,11 @@ listener.close()
 def test_a_signal_that_does_not_interrupt_the_wait_ends_it_all_the_same() -> None:
     done = run_program(INTERRUPTED_JUST_BEFORE)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_listener_is_ready_while_somebody_waits_to_be_accepted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert not is_ready(listener)
+        with socket.create_connection(listener.getsockname()):
+            assert is_ready(listener)
+    assert not is_ready(listener)

@@ -3,12 +3,19 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from portico.connection import PEER_GONE_ERRNOS, is_peer_gone
-from tests.support import Client, reset
+from portico.connection import (
+    PEER_GONE_ERRNOS,
+    Connection,
+    Connections,
+    can_be_tracked,
+    is_peer_gone,
+)
+from tests.support import Call, Client, eventually, reset
 
 BROKEN_PIPE = BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -119,3 +126,198 @@ def test_nothing_is_known_of_a_request_that_the_handler_closed(pair: Pair) -> No
 def test_nothing_is_known_of_a_request_that_is_no_socket(request_: object) -> None:
     """A program's own `get_request` makes whatever it likes."""
     assert not is_peer_gone(request_, BROKEN_PIPE)
+
+
+# --- the registry -----------------------------------------------------------------------
+
+
+class Registry:
+    """The connections of a server, and those that it lost."""
+
+    def __init__(self) -> None:
+        self.lost: list[Connection] = []
+        self.connections = Connections(self.lost.append)
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry()
+
+
+def test_a_connection_is_found_by_its_request_until_it_is_removed(
+    registry: Registry, pair: Pair
+) -> None:
+    connections, (ours, theirs) = registry.connections, pair
+    connection = connections.add(ours, "peer")
+    assert connections.get(ours) is connection
+    assert connections.get(theirs) is None
+    assert list(connections) == [connection]
+    assert len(connections) == 1
+    assert connections.remove(ours) is connection
+    assert connections.remove(ours) is None
+    assert not len(connections)
+    assert not registry.lost
+
+
+def test_a_connection_that_a_program_lets_go_of_is_lost_and_not_kept_alive(
+    registry: Registry,
+) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = registry.connections.add(ours, "peer")
+        ours.close()
+        del ours
+        assert registry.lost == [connection]
+        assert connection.request is None
+        assert not len(registry.connections)
+        assert not registry.connections.interrupt(connection)
+
+
+def test_a_request_that_is_exchanged_is_held_as_the_one_before(registry: Registry) -> None:
+    """A program that ends its connections by itself may do so over TLS, too."""
+    connections = registry.connections
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = connections.add(ours, "peer")
+        other = socket.socket(fileno=ours.detach())
+        connections.exchange(ours, other)
+        assert connections.get(other) is connection
+        assert connections.get(ours) is None
+        assert connection.request is other
+        del ours
+        assert not registry.lost
+        other.close()
+        del other
+        assert registry.lost == [connection]
+
+
+def test_a_request_that_is_held_firmly_stays_so(registry: Registry, pair: Pair) -> None:
+    connections, (ours, theirs) = registry.connections, pair
+    connection = connections.by_request[id(ours)] = Connection(ours, "peer")
+    connections.exchange(ours, theirs)
+    assert connection.held is theirs
+
+
+def test_what_is_no_socket_can_take_the_place_of_a_request(registry: Registry, pair: Pair) -> None:
+    """A program's own `prepare_request` returns whatever it likes; nobody can interrupt that."""
+    connections, (ours, _) = registry.connections, pair
+    connection = connections.add(ours, "peer")
+    request = (ours, "prepared")
+    connections.exchange(ours, request)
+    assert connections.get(request) is connection
+    assert not connections.interrupt(connection)
+    assert not connection.was_cut
+
+
+def test_the_exchange_of_an_unknown_request_changes_nothing(registry: Registry, pair: Pair) -> None:
+    registry.connections.exchange(*pair)
+    assert not len(registry.connections)
+
+
+def test_nobody_who_looks_misses_a_connection_while_it_is_exchanged(registry: Registry) -> None:
+    connections = registry.connections
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = connections.add(ours, "peer")
+        missed: list[object] = []
+
+        def look() -> None:
+            while not done.is_set():
+                if connection not in list(connections):
+                    missed.append(connection)
+
+        done = threading.Event()
+        looking = Call(look)
+        for _ in range(2000):
+            connections.exchange(ours, theirs)
+            connections.exchange(theirs, ours)
+        done.set()
+        looking.result()
+        assert not missed
+
+
+def test_an_interrupted_connection_ends_for_both_sides(registry: Registry, pair: Pair) -> None:
+    ours, theirs = pair
+    connection = registry.connections.add(ours, "peer")
+    assert registry.connections.interrupt(connection)
+    assert connection.was_cut
+    assert theirs.recv(1) == b""
+    with pytest.raises(OSError, match="Broken pipe"):
+        ours.sendall(b"x")
+
+
+def test_a_peer_that_was_faster_is_no_reason_to_fail(registry: Registry) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    with ours:
+        reset(peer)
+        connection = registry.connections.add(ours, "peer")
+        with pytest.raises(ConnectionResetError):
+            ours.recv(1)
+        assert registry.connections.interrupt(connection)
+
+
+def test_end_of_file_is_no_cut(registry: Registry, pair: Pair) -> None:
+    ours, theirs = pair
+    connection = registry.connections.add(ours, "peer")
+    assert registry.connections.interrupt(connection, socket.SHUT_RD)
+    assert not connection.was_cut
+    assert ours.recv(1) == b""
+    ours.sendall(b"answer")
+    assert theirs.recv(10) == b"answer"
+
+
+def test_what_is_closed_or_changing_hands_cannot_be_interrupted(
+    registry: Registry, pair: Pair
+) -> None:
+    connections, (ours, _) = registry.connections, pair
+    connection = connections.add(ours, "peer")
+    descriptor = ours.detach()
+    try:
+        assert not connections.interrupt(connection)
+        assert not connection.was_cut
+    finally:
+        os.close(descriptor)
+    connections.remove(ours)
+    assert not connections.interrupt(connection)
+
+
+def test_a_descriptor_that_is_being_shut_down_is_not_closed_meanwhile(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be another connection's a moment later."""
+    connections = registry.connections
+    order: list[str] = []
+    inside, go_on = threading.Event(), threading.Event()
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = connections.add(ours, "peer")
+        get = connections.get
+
+        def slow_get(request: object) -> Connection | None:
+            inside.set()
+            assert go_on.wait(60)
+            order.append("shut down")
+            return get(request)
+
+        def close() -> None:
+            connections.remove(ours)
+            order.append("closed")
+
+        monkeypatch.setattr(connections, "get", slow_get)
+        interrupting = Call(connections.interrupt, connection)
+        assert inside.wait(60)
+        closing = Call(close)
+        eventually(lambda: id(ours) not in connections.by_request)
+        assert not order
+        go_on.set()
+        interrupting.result()
+        closing.result()
+        assert order == ["shut down", "closed"]
+
+
+def test_only_a_socket_is_tracked(pair: Pair) -> None:
+    assert can_be_tracked(pair[0])
+    assert not can_be_tracked((b"datagram", pair[0]))

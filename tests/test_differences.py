@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 import portico
+from tests.tls import Authority
 
 BOUND = 30.0
 """Seconds until a wait for portico counts as endless."""
@@ -519,6 +521,72 @@ def test_a_datagram_from_an_unbound_unix_socket_is_handled(module: Any, tmp_path
         server.handle_request()
     assert packets == [b"hello"]
     assert errors == []
+
+
+# --- connections that do not end by themselves ------------------------------------------
+
+
+@differs
+def test_closing_with_a_drain_timeout_is_bounded(module: Any) -> None:
+    """An idle client keeps its handler, and whoever waits for that."""
+
+    class Server(module.ThreadingTCPServer):  # type: ignore[misc]  # one of two classes
+        drain_timeout = 0.05
+
+    class Waiting(module.BaseRequestHandler):  # type: ignore[misc]  # one of two classes
+        def handle(self) -> None:
+            self.request.sendall(b"x")
+            self.request.recv(1)
+
+    server = Server(("127.0.0.1", 0), Waiting)
+    serving_thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    serving_thread.start()
+    with socket.create_connection(server.server_address, BOUND) as client:
+        assert client.recv(1) == b"x"
+        server.shutdown()
+        closing = threading.Thread(target=server.server_close, daemon=True)
+        closing.start()
+        closing.join(bound(module))
+        is_closed = not closing.is_alive()
+    closing.join(BOUND)
+    assert is_closed
+    assert server.drain_report.connections == 1
+
+
+@differs
+def test_a_failed_handshake_is_told_and_stops_nobody(
+    module: Any, authority: Authority, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While one client is silent, another that does not speak TLS is closed."""
+    issued = authority.issue("localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(issued.certificate, issued.key)
+    failed: list[Any] = []
+    unsubscribe = portico.events.subscribe(failed.append, portico.events.PreambleFailed)
+    server = module.ThreadingTCPServer(("127.0.0.1", 0), module.BaseRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    try:
+        with (
+            serving(server),
+            socket.create_connection(server.server_address) as silent,
+            socket.create_connection(server.server_address) as client,
+        ):
+            client.settimeout(bound(module))
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            try:
+                while client.recv(100):
+                    pass
+                is_closed = True
+            except ConnectionResetError:
+                is_closed = True
+            except TimeoutError:
+                is_closed = False
+            silent.close()
+    finally:
+        unsubscribe()
+    assert is_closed
+    assert [event.stage for event in failed] == ["TLS handshake", "TLS handshake"]
+    assert capfd.readouterr().err == ""
 
 
 # --- child processes --------------------------------------------------------------------

@@ -116,3 +116,80 @@ def test_the_pipe_of_a_room_that_is_never_closed_goes_with_it() -> None:
         Room()
     room.close()
     room.close()
+
+
+def test_a_connection_that_came_in_elsewhere_takes_a_place() -> None:
+    """Rules that change do not forget who is there, not even beyond the limit."""
+    gate = make(max_connections=1, max_connections_per_peer=1)
+    gate.take_over(PEER)
+    gate.take_over(OTHER)
+    assert gate.active == 2
+    assert gate.is_full
+    gate.leave(OTHER)
+    assert gate.admit(PEER, 0.0) is RefusalReason.TOO_MANY_OF_PEER
+    gate.leave(PEER)
+    assert gate.admit(PEER, 0.0) is None
+
+
+def test_the_client_of_a_proxy_that_came_in_elsewhere_is_counted() -> None:
+    gate = make(counts_peers=False, max_connections_per_peer=1)
+    gate.take_over(PROXY, PEER)
+    assert gate.admit_peer(PEER, 0.0) is RefusalReason.TOO_MANY_OF_PEER
+    gate.lose(PROXY, PEER)
+    assert gate.active == 0
+    assert gate.admit_peer(PEER, 0.0) is None
+
+
+@pytest.mark.parametrize("step", ["admit", "admit_peer", "leave", "leave_peer", "await_room"])
+def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector finds a connection in whatever thread, whatever that one holds."""
+    gate = make(counts_peers=False, max_connections=9, max_connections_per_peer=9)
+    for _ in range(3):
+        gate.admit(PROXY, 0.0)
+        gate.admit_peer(PEER, 0.0)
+    on_places = step in {"admit", "leave", "await_room"}
+    owner: Any = gate._places if on_places else gate._peers
+    inner = {"admit": "decide", "admit_peer": "decide"}.get(step, "leave")
+    if step == "await_room":
+        owner, inner = type(gate._places), "is_full"
+        original: Any = owner.is_full
+
+        def interrupted_look(self: Any) -> bool:
+            if self is gate._places and len(gate._lost) == 0 and gate.active == 3:
+                gate.lose(PROXY, PEER)
+                assert gate.active == 3, "not in the middle of it"
+            return bool(original.fget(self))
+
+        monkeypatch.setattr(owner, inner, property(interrupted_look))
+    else:
+        function = getattr(owner, inner)
+
+        def interrupted(*arguments: Any) -> Any:
+            monkeypatch.setattr(owner, inner, function)
+            gate.lose(PROXY, PEER)
+            assert gate.active == 3, "not in the middle of it"
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, inner, interrupted)
+    arguments: tuple[Any, ...] = {
+        "admit": (PROXY, 0.0),
+        "admit_peer": (PEER, 0.0),
+        "leave": (PROXY,),
+        "leave_peer": (PEER,),
+        "await_room": (),
+    }[step]
+    getattr(gate, step)(*arguments)
+    expected = {"admit": 3, "leave": 1}.get(step, 2)
+    assert gate.active == expected
+
+
+def test_who_waits_for_room_learns_of_a_place_that_was_lost() -> None:
+    gate = make(max_connections=1)
+    gate.admit(PEER, 0.0)
+    room = gate.await_room()
+    assert room is not None
+    gate.lose(PEER)
+    assert is_readable(room)
+    gate.close()

@@ -22,7 +22,8 @@ from portico import (
     ThreadingTCPServer,
     UDPServer,
 )
-from portico.events import ServerStarted, subscribe
+from portico.events import AcceptPaused, ServerStarted, subscribe
+from portico.lifecycle import Phase
 from tests.support import (
     PATIENCE,
     Call,
@@ -31,9 +32,11 @@ from tests.support import (
     ask,
     connect,
     descriptors,
+    eventually,
     in_child,
     nothing_left_behind,
     received,
+    recorded,
     replace,
     run_program,
     running_program,
@@ -1179,3 +1182,74 @@ def test_ten_clients_at_a_time_leave_nothing_behind() -> None:
     with nothing_left_behind(), RunningServer(ThreadingTCPServer(LOOPBACK, Echo)) as running:
         calls = [Call(running.ask, b"%d\n" % number) for number in range(10)]
         assert [call.result() for call in calls] == [b"%d\n" % number for number in range(10)]
+
+
+# --- phases -----------------------------------------------------------------------------
+
+
+def test_a_server_says_where_it_is_in_its_life(server: TCPServer) -> None:
+    phases = [server.phase]
+    for _ in range(2):
+        loop = Call(server.serve_forever)
+        eventually(lambda: server.phase is Phase.SERVING)
+        phases.append(server.phase)
+        server.shutdown()
+        loop.result()
+        phases.append(server.phase)
+    for _ in range(2):
+        server.server_close()
+        phases.append(server.phase)
+    assert [phase.value for phase in phases] == [
+        "created",
+        "serving",
+        "stopped",
+        "serving",
+        "stopped",
+        "closed",
+        "closed",
+    ]
+
+
+def test_a_server_serves_until_its_last_loop_has_ended(server: TCPServer) -> None:
+    with RunningServer(server) as running:
+        other = Call(server.serve_forever)
+        eventually(lambda: len(server._BaseServer__loops) == 2)  # type: ignore[attr-defined]
+        assert server.phase is Phase.SERVING
+        running.shutdown()
+        other.result()
+        assert server.phase.value == "stopped"
+
+
+def test_a_server_that_is_closed_while_it_serves_is_closed(server: TCPServer) -> None:
+    with RunningServer(server) as running:
+        server.server_close()
+        assert running.wait_ended() is None
+        assert server.phase is Phase.CLOSED
+
+
+def test_a_server_that_cannot_serve_is_in_no_other_phase_than_before() -> None:
+    with TCPServer(("127.0.0.1", 0), None, bind_and_activate=False) as server:  # type: ignore[arg-type]
+        with pytest.raises(ListenerError):
+            server.serve_forever()
+        assert server.phase is Phase.CREATED
+
+
+def test_a_client_that_would_exhaust_the_system_to_wait_for_a_place_is_left_in_the_backlog(
+    server: TCPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To wait for a place takes a descriptor, too."""
+    server.max_connections = 1
+    server._guard.read_settings()
+    gate = server._guard.gate
+    assert gate is not None
+    gate.take_over(("192.0.2.1", 4000))
+
+    def refuse() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with recorded(AcceptPaused) as paused, connect(server):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pipe", refuse)
+            server._handle_request_noblock()
+        assert len(paused) == 1
+        assert gate.active == 1

@@ -31,6 +31,7 @@ from portico.traffic import (
     is_idle,
     look,
     read,
+    with_activity,
 )
 from tests.support import Call, Client, RunningServer, eventually, reset
 
@@ -479,3 +480,28 @@ def test_a_real_connection_is_idle_after_its_answer_and_not_before(tcp: Pair) ->
     ours.sendall(b"answer")
     assert not is_idle(look(ours), True, age=60.0)
     eventually(lambda: is_idle(look(ours), True, age=60.0), "it is idle")
+
+
+# --- what an engine knows ---------------------------------------------------------------
+
+
+def test_activity_stands_for_bytes_where_the_kernel_counts_none() -> None:
+    traffic = Traffic(unread=3, unsent=0)
+    marks = {
+        with_activity(traffic, 0),
+        with_activity(traffic, 1),
+        with_activity(traffic._replace(unread=2), 1),
+        with_activity(traffic._replace(unsent=1), 1),
+    }
+    assert len({mark.received for mark in marks}) == len(marks)
+    assert all(mark.received == mark.sent and mark.received for mark in marks)
+
+
+@pytest.mark.parametrize("traffic", [Traffic(received=0, sent=0), UNKNOWN])
+def test_activity_does_not_replace_what_the_kernel_says(traffic: Traffic) -> None:
+    assert with_activity(traffic, 5) is traffic
+
+
+def test_where_nobody_knows_of_activity_nothing_is_known() -> None:
+    traffic = Traffic(unread=0, unsent=0)
+    assert with_activity(traffic, None) is traffic

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from portico import waits
-from portico.waits import CALLS, POLLFD, thread_waits_in_read
+from portico.waits import CALLS, POLLFD, thread_activity, thread_waits_in_read
 from tests.support import PATIENCE, eventually
 
 pytestmark = pytest.mark.skipif(
@@ -259,3 +259,27 @@ def test_the_numbers_are_those_of_the_kernels_header(machine: str) -> None:
     )
     assert CALLS[machine].reads == {numbers[name] for name in reads}
     assert CALLS[machine].polls == {numbers[name] for name in polls}
+
+
+def test_a_thread_that_is_blocked_shows_no_activity_until_it_goes_on(pair: Pair) -> None:
+    ours, theirs = pair
+
+    def echo() -> None:
+        while data := ours.recv(10):
+            ours.sendall(data)
+
+    with running(echo, lambda: theirs.shutdown(socket.SHUT_WR)) as thread:
+        eventually(lambda: thread_waits_in_read(thread, ours.fileno()))
+        before = thread_activity(thread)
+        assert before is not None
+        assert thread_activity(thread) == before
+        theirs.sendall(b"x")
+        assert theirs.recv(10) == b"x"
+        eventually(lambda: thread_waits_in_read(thread, ours.fileno()))
+        after = thread_activity(thread)
+        assert after is not None
+        assert after > before
+
+
+def test_nobody_knows_the_activity_of_a_thread_that_is_not_there() -> None:
+    assert thread_activity(2**30) is None

@@ -61,6 +61,7 @@ from portico.errors import (
     ListenerError,
     PhaseError,
     PorticoError,
+    PreambleError,
     ProxyHeaderError,
     SettingError,
 )
@@ -71,6 +72,7 @@ from portico.handlers import (
     StreamRequestHandler,
     _SocketWriter,
 )
+from portico.lifecycle import DrainReport, Phase
 from portico.server import BaseServer
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ __all__ = [
     "CertificateError",
     "Certificates",
     "DatagramRequestHandler",
+    "DrainReport",
     "ForkingMixIn",
     "ForkingTCPServer",
     "ForkingUDPServer",
@@ -110,8 +113,10 @@ __all__ = [
     "GreenUnixDatagramServer",
     "GreenUnixStreamServer",
     "ListenerError",
+    "Phase",
     "PhaseError",
     "PorticoError",
+    "PreambleError",
     "ProxyHeaderError",
     "SettingError",
     "StreamRequestHandler",

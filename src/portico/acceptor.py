@@ -92,6 +92,16 @@ def is_open(listener: Listener) -> bool:
         return True
 
 
+def is_ready(listener: Listener) -> bool:
+    """Say whether somebody waits to be accepted from an open listener."""
+    with _ServerSelector() as selector:
+        try:
+            selector.register(listener, selectors.EVENT_READ)
+        except ValueError:  # closed
+            return False
+        return bool(selector.select(0))
+
+
 def is_listening(listener: Any) -> bool:
     """Say whether accepting from `listener` can work on a later try."""
     if not is_open(listener):

@@ -167,6 +167,18 @@ class Admission:
             self._of_peer[peer] = count + 1
         return None
 
+    def take_over(self, client_address: Any) -> None:
+        """Count a connection that is open already, whatever the rules say of it.
+
+        Args:
+            client_address: As for `decide`.
+        """
+        if self._counts_peers:
+            _, peer = self._verdict(client_address)
+            if peer is not None:
+                self._of_peer[peer] = self._of_peer.get(peer, 0) + 1
+        self.active += 1
+
     def leave(self, client_address: Any) -> None:
         """Give the place of an admitted connection back.
 

@@ -12,6 +12,7 @@ import errno
 import select
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
@@ -132,7 +133,8 @@ class Connections:
     Callable from any thread: what has to be atomic is one step of a dictionary.
 
     Args:
-        on_lost: Called with a connection whose socket nobody has any more.
+        on_lost: Called with a connection whose socket nobody has any more, between any two steps of
+            any thread: it waits for no lock.
     """
 
     def __init__(self, on_lost: Callable[[Connection], object]) -> None:
@@ -150,9 +152,7 @@ class Connections:
 
     def add(self, request: Any, client_address: ClientAddress) -> Connection:
         """Remember a connection that was accepted, and whose end the program may keep to itself."""
-        hold = Hold(request, self._lose)
-        hold.key = id(request)
-        connection = self.by_request[hold.key] = Connection(hold, client_address)
+        connection = self.by_request[id(request)] = Connection(self._hold(request), client_address)
         return connection
 
     def get(self, request: Any) -> Connection | None:
@@ -161,10 +161,14 @@ class Connections:
 
     def exchange(self, before: Any, request: Any) -> None:
         """Note that a connection has another socket object from now on."""
-        connection = self.remove(before)
-        if connection is not None:
-            connection.held = request
-            self.by_request[id(request)] = connection
+        connection = self.get(before)
+        if connection is None:
+            return
+        # First the new, then the old: nobody who goes through them misses it.
+        self.by_request[id(request)] = connection
+        is_weak = type(connection.held) is Hold and isinstance(request, _socket.socket)
+        connection.held = self._hold(request) if is_weak else request
+        self.remove(before)
 
     def remove(self, request: Any) -> Connection | None:
         """Forget a connection whose socket is closed next; ``None`` if it is forgotten already."""
@@ -183,27 +187,38 @@ class Connections:
                 what is on its way to the peer.
 
         Returns:
-            Whether it was still open.
+            Whether there was a socket to shut down.  There is none once it was closed, nor in the
+            moment in which another object takes its descriptor over, nor where a program's own
+            `prepare_request` made something else of it.
         """
         with self._interrupting:
             connection.is_held = True  # first, and then a look: `remove` does it the other way
             try:
                 request = connection.request
-                if self.get(request) is not connection:
+                if self.get(request) is not connection or not isinstance(request, _socket.socket):
+                    return False
+                # Not the methods of a green or a TLS socket: those belong to another thread.
+                if _socket.socket.fileno(request) < 0:
                     return False
                 if how == _socket.SHUT_RDWR:
                     connection.was_cut = True
-                try:
-                    # Not the method of a green or a TLS socket: those belong to another thread.
+                with suppress(OSError):  # the peer was faster
                     _socket.socket.shutdown(request, how)
-                except OSError:  # the peer was faster
-                    pass
                 return True
             finally:
                 connection.is_held = False
 
+    def _hold(self, request: Any) -> Hold:
+        """Return a hold on a request that tells when nobody has it any more."""
+        hold = Hold(request, self._lose)
+        hold.key = id(request)
+        return hold
+
     def _lose(self, hold: ref[Any]) -> None:
-        """Forget a connection that nobody has any more."""
+        """Forget a connection that nobody has any more.
+
+        The collector calls it between any two steps of a thread, whatever lock that thread holds.
+        """
         connection = self.by_request.get(cast("Hold", hold).key)
         if connection is not None and connection.held is hold:
             del self.by_request[cast("Hold", hold).key]

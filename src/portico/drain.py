@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import inf
@@ -55,13 +56,17 @@ class Drain:
         """When the rest is closed, by `time.monotonic`."""
         self.stragglers = 0
         """Connections whose handlers went on although they were closed."""
+        self.unfinished = 0
+        """Requests without a connection of their own that were not served in time."""
         self._connections = connections
         self._of_children = of_children
         self._waits_to_read = waits_to_read
-        self._spared = spared
+        self._spared: set[Connection] = set() if spared is None else {spared}
         self._lock = Lock()  # guards _tally
         self._tally = DrainTally(now)
+        self._lost: deque[tuple[Connection, float]] = deque()  # that have ended at this instant
         self._idle: set[Connection] = set()
+        self._forced: set[Connection] = set()
         self._changed = Event()
         self.is_over = Event()
         """Set when there is a report."""
@@ -69,12 +74,32 @@ class Drain:
     def note_end(self, connection: Connection) -> None:
         """Count a connection that ends: whose socket is closed next.  Callable from any thread."""
         with self._lock:
-            if connection is not self._spared and not connection.has_ended:
-                connection.has_ended = True
-                # One that came and went between two looks is counted here.
-                self._tally.add(connection, connection.accepted)
-                self._tally.end(connection, monotonic())
+            self._count_end(connection, monotonic())
         self._changed.set()
+
+    def note_lost(self, connection: Connection) -> None:
+        """Count one that the garbage collector has found, at the next look.
+
+        The collector may interrupt a thread that holds the lock.
+        """
+        self._lost.append((connection, monotonic()))
+
+    def spare(self, connection: Connection) -> None:
+        """Count a connection as finished whose handler waits for this drain, as others do.
+
+        Callable from any thread.
+        """
+        with self._lock:
+            self._count_end(connection, monotonic())
+            self._spared.add(connection)
+        self._changed.set()
+
+    def _count_end(self, connection: Connection, now: float) -> None:
+        if connection not in self._spared and not connection.has_ended:
+            connection.has_ended = True
+            # One that came and went between two looks is counted here.
+            self._tally.add(connection, connection.accepted)
+            self._tally.end(connection, now)
 
     def run(self, wait: Callable[[Event, float], object]) -> DrainReport:
         """See every connection to its end; closes at the deadline what is left.
@@ -82,31 +107,42 @@ class Drain:
         Args:
             wait: Waits for an event, for some seconds at the most, as the caller's engine does.
         """
-        while self._look() and (remaining := self.deadline - monotonic()) > 0:
-            self._changed.clear()
-            wait(self._changed, min(LOOK_INTERVAL, remaining))
+        self._repeat(self.look, self.deadline, wait)
         if self._open():
-            self._close_rest()
-            patience = monotonic() + LAST_WORDS
-            while self._open() and (remaining := patience - monotonic()) > 0:
-                self._changed.clear()
-                if self._open():
-                    wait(self._changed, remaining)
+            self._repeat(self._close_rest, monotonic() + LAST_WORDS, wait)
+        for process in tuple(self._of_children):  # it can be ended whatever its handler does
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        if self._of_children:
+            self._repeat(lambda: len(self._of_children), monotonic() + LAST_WORDS, wait)
         self.stragglers = self._open()
         with self._lock:
             return self._tally.report(monotonic())
 
+    def _repeat(
+        self, step: Callable[[], int], deadline: float, wait: Callable[[Event, float], object]
+    ) -> None:
+        """Do something until no connection is open, or a deadline comes; once at least."""
+        while True:
+            self._changed.clear()  # first, and then a look
+            remaining = deadline - monotonic()
+            if not step() or remaining <= 0:
+                return
+            wait(self._changed, min(LOOK_INTERVAL, remaining))
+
     def _open(self) -> int:
         with self._lock:
+            while self._lost:
+                self._count_end(*self._lost.popleft())
             return self._tally.open
 
-    def _look(self) -> int:
+    def look(self) -> int:
         """Give end-of-file to those that have become idle; return how many are open."""
         now = monotonic()
         for connection in tuple(self._of_children.values()):
             self._add(connection)  # whether it is idle, only the child could say
         for connection in self._connections:
-            if connection is self._spared:
+            if connection in self._spared:
                 continue
             self._add(connection)
             if connection in self._idle:
@@ -114,11 +150,11 @@ class Drain:
             traffic = look(connection.request)
             age = now - connection.accepted
             if is_idle(traffic, self._waits_to_read(connection), age):
-                self._idle.add(connection)
                 with self._lock:
                     self._tally.mark_idle(connection)
                 # What is on its way to the peer arrives; the handler reads the end of the stream.
-                self._connections.interrupt(connection, socket.SHUT_RD)
+                if self._connections.interrupt(connection, socket.SHUT_RD):
+                    self._idle.add(connection)
         return self._open()
 
     def _add(self, connection: Connection) -> None:
@@ -127,16 +163,29 @@ class Drain:
             if not connection.has_ended:
                 self._tally.add(connection, connection.accepted)
 
-    def _close_rest(self) -> None:
+    def _close_rest(self) -> int:
+        """Close what is left; return how many are open.
+
+        To be called again while any is: one whose socket was in the hands of nobody, because
+        another object was taking it over, could not be closed.
+        """
         for process, connection in tuple(self._of_children.items()):
-            self._add(connection)
-            with self._lock:
-                self._tally.mark_forced(connection)
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
+            if self._mark_forced(connection):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
         for connection in self._connections:
-            if connection is not self._spared:
-                self._add(connection)
-                with self._lock:
-                    self._tally.mark_forced(connection)
-                self._connections.interrupt(connection)
+            if connection not in self._spared:
+                self._mark_forced(connection)
+                if not connection.was_cut:
+                    self._connections.interrupt(connection)
+        return self._open()
+
+    def _mark_forced(self, connection: Connection) -> bool:
+        """Count a connection as closed at the deadline; return whether it was not already."""
+        self._add(connection)
+        if connection in self._forced:
+            return False
+        self._forced.add(connection)
+        with self._lock:
+            self._tally.mark_forced(connection)
+        return True

@@ -1,7 +1,7 @@
 """Bind, accept from and close one kind of socket each.
 
 A family owns the hooks that know the kind: `server_bind`, `server_activate`, `get_request`,
-`fileno`, `shutdown_request`, `close_request`, `server_close`.
+`fileno`, `shutdown_request`, `close_request`; `server_close` closes the listener through it.
 """
 
 from __future__ import annotations
@@ -145,11 +145,6 @@ class TCPServer(BaseServer):
         """Listen, with a backlog of `request_queue_size`."""
         self.socket.listen(self.request_queue_size)
 
-    def server_close(self) -> None:
-        """Close the listener; a serving loop ends.  Callable from any thread, and again."""
-        self._close_listener()
-        super().server_close()
-
     @property
     def _verifies_late(self) -> bool:
         return self.proxy_protocol is not None
@@ -239,9 +234,11 @@ class TCPServer(BaseServer):
         """Close this process's hold on the connection."""
         guard = self._guard
         connection = guard.note_closing(request)
-        request.close()
-        if connection is not None:
-            guard.note_closed(connection)
+        try:
+            request.close()
+        finally:
+            if connection is not None:
+                guard.note_closed(connection)
 
 
 class UDPServer(TCPServer):

@@ -7,6 +7,7 @@ deciding to `portico.admission`; what is done with one who may not come in, to t
 from __future__ import annotations
 
 import os
+from collections import deque
 from contextlib import suppress
 from enum import StrEnum
 from threading import Lock
@@ -65,6 +66,7 @@ class Gate:
         self._peers = None if counts_peers else Admission(_of_peers(rules))
         self._room: Room | None = None  # made when somebody waits for it first
         self._is_awaited = False
+        self._lost: deque[tuple[Any, Any]] = deque()  # whose places are to be taken back
 
     @property
     def active(self) -> int:
@@ -84,7 +86,10 @@ class Gate:
             now: The instant, by `time.monotonic`.
         """
         with self._lock:
-            return self._places.decide(client_address, now)
+            refusal = self._places.decide(client_address, now)
+        if self._lost:
+            self._settle()
+        return refusal
 
     def admit_peer(self, peer: Any, now: float) -> RefusalReason | None:
         """Admit whom a proxy speaks for, or say why not; only if it `knows_proxies`.
@@ -95,22 +100,69 @@ class Gate:
         """
         assert self._peers is not None
         with self._lock:
-            return self._peers.decide(peer, now)
+            refusal = self._peers.decide(peer, now)
+        if self._lost:
+            self._settle()
+        return refusal
+
+    def take_over(self, client_address: Any, peer: Any = None) -> None:
+        """Give a place to a connection that came in by another gate.
+
+        Args:
+            client_address: What accept(2) told.
+            peer: For whom a proxy speaks, if that is counted.
+        """
+        with self._lock:
+            self._places.take_over(client_address)
+            if peer is not None and self._peers is not None:
+                self._peers.take_over(peer)
 
     def leave(self, client_address: Any) -> None:
         """Take the place of an admitted connection back."""
         with self._lock:
-            self._places.leave(client_address)
-            if self._is_awaited:
-                self._is_awaited = False
-                assert self._room is not None
-                self._room.tell()
+            self._leave(client_address)
+        if self._lost:
+            self._settle()
 
     def leave_peer(self, peer: Any) -> None:
         """Note that a connection has ended whose peer `admit_peer` has admitted."""
         assert self._peers is not None
         with self._lock:
             self._peers.leave(peer)
+        if self._lost:
+            self._settle()
+
+    def lose(self, client_address: Any, peer: Any = None) -> None:
+        """Take the place of a connection back that the garbage collector has found.
+
+        The collector may interrupt a thread that is in here: that one does it then, when it is
+        about to go.
+
+        Args:
+            client_address: As for `leave`.
+            peer: As for `leave_peer`; ``None`` if there is none to leave.
+        """
+        self._lost.append((client_address, peer))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take the places back of those that were lost, unless somebody else is about to."""
+        while self._lost and self._lock.acquire(blocking=False):
+            try:
+                while self._lost:
+                    client_address, peer = self._lost.popleft()
+                    self._leave(client_address)
+                    if peer is not None and self._peers is not None:
+                        self._peers.leave(peer)
+            finally:
+                self._lock.release()
+
+    def _leave(self, client_address: Any) -> None:
+        self._places.leave(client_address)
+        if self._is_awaited:
+            self._is_awaited = False
+            assert self._room is not None
+            self._room.tell()
 
     def await_room(self) -> int | None:
         """Return a descriptor that is readable as soon as there is a place; ``None`` if there is.
@@ -118,14 +170,17 @@ class Gate:
         Raises:
             OSError: There is none, and the system has no descriptor left to wait for it.
         """
+        room = None
         with self._lock:
-            if not self._places.is_full:
-                return None
-            if self._room is None:
-                self._room = Room()
-            self._room.clear()
-            self._is_awaited = True
-            return self._room.fileno()
+            if self._places.is_full:
+                if self._room is None:
+                    self._room = Room()
+                self._room.clear()
+                self._is_awaited = True
+                room = self._room.fileno()
+        if self._lost:
+            self._settle()
+        return room
 
     def close(self) -> None:
         """Release the descriptors; to be called when nobody waits for room any more."""

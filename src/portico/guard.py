@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from math import inf
+from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -64,13 +65,16 @@ class Guard:
         self.refusals: dict[int, RefusalReason] = {}
         """Why a request was not admitted, by its ``id``, until that is told."""
         self._server = server
+        self._process = os.getpid()
         self._settings: object = None
+        self._shedding = Lock()  # guards _idle
         self._idle: list[tuple[float, Connection]] = []  # the longest last
 
     def read_settings(self) -> None:
         """Build what the settings ask for, if they have changed since the last time.
 
-        To be called when the server is made, and before it accepts.
+        To be called when the server is made, and before it accepts.  Connections that are open
+        then take their places at the gate that is built, and come under the limits in time.
 
         Raises:
             SettingError: A setting is outside its range.
@@ -78,28 +82,68 @@ class Guard:
         server = self._server
         if server is None:
             return
+        if self._process != os.getpid():
+            self._leave_parent()
+        check_timeout("drain_timeout", server.drain_timeout)
         admission = {name: getattr(server, name) for name in ADMISSION}
         deadlines = {name: getattr(server, name) for name in DEADLINES}
         peers_come = getattr(server, "proxy_protocol", None) is None
-        settings = admission, deadlines, server.when_full, peers_come, os.getpid()
+        settings = admission, deadlines, server.when_full, peers_come
         if settings == self._settings:
             return
         when_full = read_when_full(server.when_full)
-        check_timeout("drain_timeout", server.drain_timeout)
         rules, limits = AdmissionRules(**admission), Rules(**deadlines)
-        if self.gate is not None:
-            self.gate.close()
-        self.gate = (
+        self._exchange_gate(
             None if rules == AdmissionRules() else Gate(rules, when_full, counts_peers=peers_come)
         )
-        if self.keeper is not None:
-            self.keeper.close()
-        self.keeper = (
-            None
-            if limits == Rules()
-            else Timekeeper(server, self.connections, limits, server._waits_to_read)
+        self._exchange_keeper(
+            None if limits == Rules() else Timekeeper(server, self.connections, limits)
         )
         self._settings = settings
+
+    def _exchange_gate(self, gate: Gate | None) -> None:
+        before, self.gate = self.gate, gate
+        if before is not None:
+            self._server.resume_accepting()  # the descriptor that ends its pause will not be there
+            before.close()
+        if gate is not None:
+            for connection in (*self.connections, *tuple(self.of_children.values())):
+                self._take_place(gate, connection)
+
+    def _take_place(self, gate: Gate, connection: Connection) -> None:
+        """Give a connection that is open a place at a gate by which it did not come in."""
+        gate.take_over(connection.client_address, connection.peer)
+        self.note_closed(connection)
+        connection.gate = gate
+        if not self._is_known(connection):  # it was closed meanwhile
+            self.note_closed(connection)
+
+    def _is_known(self, connection: Connection) -> bool:
+        process = connection.process
+        if process is not None:
+            return self.of_children.get(process) is connection
+        return self.connections.get(connection.request) is connection
+
+    def _exchange_keeper(self, keeper: Timekeeper | None) -> None:
+        before, self.keeper = self.keeper, keeper
+        if before is not None:
+            before.stop()
+        if keeper is not None:
+            for connection in self.connections:
+                connection.next_look = 0.0
+            if len(self.connections):
+                keeper.wake()
+
+    def _leave_parent(self) -> None:
+        """Forget what belongs to the process from which this one was forked.
+
+        Its locks are left alone: somebody may have held them.
+        """
+        self._process = os.getpid()
+        self._shedding = Lock()
+        self.connections = Connections(self._note_lost)
+        self.gate = self.keeper = self.drain = self._settings = None
+        self.of_children, self.refusals, self._idle = {}, {}, []
 
     # --- coming in ----------------------------------------------------------------------
 
@@ -136,7 +180,7 @@ class Guard:
         return connection
 
     def await_room(self) -> int | None:
-        """Make room for a client, or have it wait; ``None`` if it may come in.
+        """Say whether a client has to wait for a place; ``None`` if it may come in.
 
         Returns:
             A descriptor that is readable as soon as there is room.
@@ -147,32 +191,41 @@ class Guard:
         gate = self.gate
         if gate is None or gate.when_full is WhenFull.REFUSE:
             return None
-        room = gate.await_room()
-        if room is not None and gate.when_full is WhenFull.SHED:
-            self._shed()
-        return room
+        return gate.await_room()
 
-    def _shed(self) -> None:
+    @property
+    def sheds(self) -> bool:
+        """Whether a client who waits for a place gets that of another: `shed`."""
+        return self.gate is not None and self.gate.when_full is WhenFull.SHED
+
+    def shed(self) -> None:
         """End the connection that has been idle for longest.
 
         One look at all of them finds several; each is looked at again when its turn comes.
         """
-        for _ in range(2):
-            while self._idle:
-                since, connection = self._idle.pop()
-                idle = idle_seconds(connection.request)
-                has_moved = idle is not None and monotonic() - idle > since + TICK
-                if not has_moved and self.connections.interrupt(connection):
-                    return
-            now = monotonic()
-            # Where the kernel does not tell, the oldest connection counts as idle for longest.
-            idle_since = [
-                (connection.accepted if idle is None else now - idle, connection)
-                for connection in self.connections
-                for idle in (idle_seconds(connection.request),)
-            ]
-            idle_since.sort(key=lambda entry: -entry[0])
-            self._idle = idle_since[-(1 + len(idle_since) // SHED_SHARE) :]
+        with self._shedding:
+            for _ in range(2):
+                while self._idle:
+                    since, connection = self._idle.pop()
+                    idle = idle_seconds(connection.request)
+                    has_moved = idle is not None and monotonic() - idle > since + TICK
+                    if not has_moved and self.connections.interrupt(connection):
+                        return
+                self._idle = self._find_idle(monotonic())
+
+    def _find_idle(self, now: float) -> list[tuple[float, Connection]]:
+        """Return the connections that have been idle for longest, and since when; that one last.
+
+        Where the kernel does not tell, the oldest connection counts as idle for longest.
+        """
+        idle_since = [
+            (connection.accepted if idle is None else now - idle, connection)
+            for connection in self.connections
+            if not connection.was_cut
+            for idle in (idle_seconds(connection.request),)
+        ]
+        idle_since.sort(key=lambda entry: -entry[0])
+        return idle_since[-(1 + len(idle_since) // SHED_SHARE) :]
 
     # --- leaving ------------------------------------------------------------------------
 
@@ -188,8 +241,10 @@ class Guard:
     def _note_lost(self, connection: Connection) -> None:
         """Give the place of a connection back whose socket nobody has any more."""
         if self.drain is not None:
-            self.drain.note_end(connection)
-        self.note_closed(connection)
+            self.drain.note_lost(connection)
+        gate: Gate | None = vars(connection).pop("gate", None)
+        if gate is not None:
+            gate.lose(connection.client_address, connection.peer)
 
     def hand_to_child(self, process: int, request: Request) -> None:
         """Keep the place of a connection until the child ends that serves it."""
@@ -209,12 +264,16 @@ class Guard:
 
     def note_closed(self, connection: Connection) -> None:
         """Give the place of a connection back, now that its socket is closed."""
-        gate = connection.gate
+        gate: Gate | None = vars(connection).pop("gate", None)  # one step: for one caller only
         if gate is not None:
-            connection.gate = None
             gate.leave(connection.client_address)
             if gate.knows_proxies and connection.peer is not None:
                 gate.leave_peer(connection.peer)
+
+    @property
+    def open(self) -> int:
+        """Connections that are open, those of child processes included."""
+        return len(self.connections) + len(self.of_children)
 
     def begin_drain(self, timeout: float | None, spared: Request | None) -> Drain:
         """Begin to count what ends.
@@ -229,6 +288,16 @@ class Guard:
         )
         return self.drain
 
+    def spare(self, request: Request | None) -> None:
+        """Do not wait for a handler that joins the drain.
+
+        Args:
+            request: Its request; ``None`` if the caller is no handler.
+        """
+        connection = None if request is None else self.connections.get(request)
+        if connection is not None and self.drain is not None:
+            self.drain.spare(connection)
+
     def close(self) -> None:
         """Release what only a server needs that accepts."""
         if self.keeper is not None:
@@ -237,14 +306,13 @@ class Guard:
     def enter_child(self, request: Request) -> None:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
-        self.connections = Connections(self._note_lost)
-        self.gate = self.keeper = self.drain = self._settings = None
-        self.of_children = {}
-        self.read_settings()  # a timekeeper of this process's own
-        self.gate = None  # it is the parent that counts
+        self._leave_parent()
+        self.read_settings()
         if connection is not None:
-            connection.gate = None
+            vars(connection).pop("gate", None)  # the parent's, where it keeps its place
             self.connections.by_request[id(request)] = connection
+            if self.gate is not None:  # it judges whom a proxy speaks for
+                self._take_place(self.gate, connection)
             self.track(request, connection.client_address)
 
 

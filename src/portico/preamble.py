@@ -23,7 +23,7 @@ from portico.networks import Networks, ip_address_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     StrPath = str | os.PathLike[str]
 
@@ -92,6 +92,7 @@ class Preamble:
                 deadline,
                 is_eager=listener is None or listener.do_handshake_on_connect,
                 suppress_ragged_eofs=listener is None or listener.suppress_ragged_eofs,
+                on_exchange=server._exchange_request,
             )
         request.settimeout(before)
         return request, client_address
@@ -195,6 +196,7 @@ def shake_hands(
     *,
     is_eager: bool = True,
     suppress_ragged_eofs: bool = True,
+    on_exchange: Callable[[socket.socket, socket.socket], object] | None = None,
 ) -> ssl.SSLSocket:
     """Speak TLS over a connection, which becomes the result's.
 
@@ -208,6 +210,8 @@ def shake_hands(
         deadline: Of the preamble.
         is_eager: Whether to shake hands now; if not, the handler does.
         suppress_ragged_eofs: As for ``wrap_socket``.
+        on_exchange: Called with the socket that had the connection and the one that has it now, so
+            that a handshake can be interrupted; the other way round before a failed one is closed.
 
     Raises:
         PreambleError: The peer does not speak TLS, or not in time.  The connection is closed.
@@ -216,16 +220,22 @@ def shake_hands(
     tls: ssl.SSLSocket | None = None
     try:
         deadline.apply(sock)
+        # Of a connection that is down already, wrap_socket leaves an open socket to the collector.
+        sock.getpeername()
         tls = context.wrap_socket(
             sock,
             server_side=True,
             do_handshake_on_connect=False,
             suppress_ragged_eofs=suppress_ragged_eofs,
         )
+        if on_exchange is not None:
+            on_exchange(sock, tls)
         if is_eager:
             tls.do_handshake()
     except BaseException as error:
         if tls is not None:
+            if on_exchange is not None:
+                on_exchange(tls, sock)
             tls.close()
         if isinstance(error, TimeoutError):
             raise PreambleError(TLS_HANDSHAKE, "it took too long", is_late=True) from error

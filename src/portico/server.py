@@ -36,10 +36,11 @@ from portico.acceptor import (
     Wakeup,
     is_listening,
     is_open,
+    is_ready,
     recovery,
 )
 from portico.connection import ClientAddress, Connection, Request, can_be_tracked, is_peer_gone
-from portico.errors import ListenerError, PhaseError, PreambleError
+from portico.errors import ListenerError, PreambleError
 from portico.events import (
     AcceptPaused,
     AcceptResumed,
@@ -61,8 +62,11 @@ from portico.events import (
     emit,
 )
 from portico.guard import Guard, check_timeout
-from portico.lifecycle import DrainReport
-from portico.waits import thread_waits_in_read
+from portico.lifecycle import DrainReport, Phase, move
+from portico.waits import thread_activity, thread_waits_in_read
+
+if TYPE_CHECKING:
+    from portico.drain import Drain
 
 MOST_AT_THE_END: Final = 65_536
 """Connections, or datagrams, that a drain still takes: more than a backlog holds.
@@ -71,7 +75,14 @@ A flood that goes on must not keep it from its end.
 """
 
 UNDER_WAY_INTERVAL: Final = 0.01
-"""Seconds between two looks of a drain at requests that have no connection of their own."""
+"""Seconds between two looks of a drain at what nobody tells it: that there is room for who waits in
+the backlog, or that a request without a connection of its own has been served."""
+
+_NEVER: Final = threading.Event()
+"""What is waited for when only time is to pass."""
+
+_BEFORE_THE_END: Final = frozenset({Phase.SERVING, Phase.STOPPED, Phase.DRAINING})
+"""The phases in which closing can begin with a drain, or wait for one."""
 
 
 class BaseServer:
@@ -146,13 +157,13 @@ class BaseServer:
 
     # Before __init__ ran, or when a subclass never calls it, these stand in.
     __lock = threading.RLock()
-    # guards __loops, __acceptors and the moves of __is_shut_down.  Re-entrant, because a signal
-    # handler that calls shutdown() can interrupt the serving thread while it holds the lock.
+    # guards __loops, __acceptors, __phase and the moves of __is_shut_down.  Re-entrant, because a
+    # signal handler that calls shutdown() can interrupt the serving thread while it holds the lock.
     __loops: tuple[tuple[int, int], ...] = ()  # the process and the thread of each
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
     __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop begins
-    __has_served = False
+    __phase = Phase.CREATED
     _guard = Guard(None)
     _exhaustion: Exhaustion | None = None
 
@@ -179,6 +190,11 @@ class BaseServer:
         self._guard.read_settings()
 
     # --- the life of the server ---------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """Where the server is in its life.  Readable from any thread."""
+        return self.__phase
 
     def server_activate(self) -> None:
         """Get ready to accept; the constructor calls it after `server_bind`."""
@@ -235,10 +251,9 @@ class BaseServer:
             if ending.is_set() is True:
                 return
             self.__shutdown_request = True
-            process = os.getpid()
-            serves_here = (process, threading.get_ident()) in self.__loops
+            serves_here = self.__serves_here
         # A program may have put an event of its own in the place of ours.
-        is_elsewhere = isinstance(ending, _Ending) and ending.process != process
+        is_elsewhere = isinstance(ending, _Ending) and ending.process != os.getpid()
         if not serves_here and not is_elsewhere:
             ending.wait()
 
@@ -251,9 +266,9 @@ class BaseServer:
         closed.
 
         Callable from any thread, and more than once: later calls join the first.  From a handler it
-        waits for all connections but the handler's own.  In the thread that serves (a signal
-        handler, a handler of the serial engine) it returns at once, and `serve_forever` drains
-        before it returns.
+        waits for all connections but those of handlers that do the same.  In the thread that serves
+        (a signal handler, a handler of the serial or the green engine) it returns at once, and
+        `serve_forever` drains before it returns.
 
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
@@ -263,36 +278,40 @@ class BaseServer:
             What became of the connections; ``None`` in the thread that serves.
 
         Raises:
-            PhaseError: The server never served.
+            PhaseError: The server never served, or was closed without a drain.
             SettingError: The timeout is negative.
         """
         check_timeout("timeout", timeout)
         limit = self.drain_timeout if timeout is None else timeout
         with self.__lock:
-            if not self.__has_served:
-                raise PhaseError("created", "draining", "serving or stopped")
-            here = (os.getpid(), threading.get_ident())
-            if here in self.__loops:
+            if self._guard.drain is None and self.__drain_wish is None:
+                move(self.__phase, Phase.DRAINING)  # may it?
+            if self.__serves_here:
                 self.__drain_wish = (timeout,)
                 self.__shutdown_request = True
                 return None
             drain, is_first = self._guard.drain, self._guard.drain is None
             if drain is None:
                 drain = self._guard.begin_drain(limit, self._request_here())
+                if self.__phase is not Phase.CLOSED:  # since it was wished for
+                    self.__phase = move(self.__phase, Phase.DRAINING)
         if not is_first:
+            self._guard.spare(self._request_here())
             self._wait_event(drain.is_over, None)
             return self.drain_report
         try:
             self.draining.set()
             self.shutdown()
             if DrainStarted.subscribers:
-                emit(DrainStarted(self, len(self._guard.connections), limit))
-            self.__accept_rest(drain.deadline)
+                emit(DrainStarted(self, self._guard.open, limit))
+            self.__accept_rest(drain)
             if self._replies_by_listener:
-                self.__await_requests(drain.deadline)
+                self.__await_requests(drain)
             self._close_listener()
             self.drain_report = drain.run(self._wait_event)
         finally:
+            with self.__lock:
+                self.__phase = move(self.__phase, Phase.CLOSED)
             drain.is_over.set()
         if Drained.subscribers:
             emit(Drained(self, self.drain_report))
@@ -308,11 +327,16 @@ class BaseServer:
     def server_close(self) -> None:
         """Close the server; a serving loop ends.  Callable more than once.
 
-        With a `drain_timeout`, open connections are drained first.
+        With a `drain_timeout`, it is drained first, and a handler that goes on all the same is not
+        waited for; but not in the thread that serves.
         """
-        self.__wake()
-        if self.drain_timeout is not None and self.__has_served and len(self._guard.connections):
+        can_drain = self.__phase in _BEFORE_THE_END and not self.__serves_here
+        if self.drain_timeout is not None and can_drain:
             self.drain()
+        with self.__lock:
+            self.__phase = move(self.__phase, Phase.CLOSED)
+        self._close_listener()
+        self.__wake()
         self._guard.close()
 
     def pause_accepting(self, seconds: float | None = None, *, until: Collection[int] = ()) -> None:
@@ -358,7 +382,7 @@ class BaseServer:
         timeout = min((limit for limit in limits if limit is not None), default=None)
         deadline = None if timeout is None else time() + timeout
         with Acceptor(self) as acceptor:
-            while not self.__wait(acceptor, timeout):
+            while not self.__wait(acceptor, timeout) or self.__has_no_room():
                 if deadline is not None:
                     timeout = deadline - time()
                     if timeout <= 0:
@@ -371,10 +395,9 @@ class BaseServer:
     def _handle_request_noblock(self) -> None:
         """Accept one request, which is waiting, and process it: the step of every loop."""
         guard = self._guard
+        if guard.gate is not None and self.__has_no_room():
+            return
         try:
-            if guard.gate is not None and (room := guard.await_room()) is not None:
-                self.pause_accepting(until=(room,))
-                return
             request, client_address = self.get_request()
         except OSError as error:
             self.__recover(error)
@@ -385,9 +408,10 @@ class BaseServer:
                 self.__resume()
             if ConnectionAccepted.subscribers:
                 emit(ConnectionAccepted(self, client_address))
-            if not self.admit_request(request, client_address):
-                reason = guard.refusals.pop(id(request), RefusalReason.NOT_ADMITTED)
-                self._refuse(request, client_address, reason)
+            is_admitted = self.admit_request(request, client_address)
+            reason = guard.refusals.pop(id(request), None) if guard.refusals else None
+            if not is_admitted:
+                self._refuse(request, client_address, reason or RefusalReason.NOT_ADMITTED)
                 return
             if can_be_tracked(request):
                 guard.track(request, client_address)
@@ -542,8 +566,7 @@ class BaseServer:
         """Return what the loop waits with; ``None`` if a `shutdown` came first."""
         self._guard.read_settings()
         with self.__lock:  # a shutdown() from now on waits for this loop
-            self.__has_served = True
-            if self.__shutdown_request:
+            if self.__shutdown_request or self.__phase is Phase.DRAINING:
                 return None
             if is_open(self) and not is_listening(self):
                 raise ListenerError(
@@ -552,6 +575,10 @@ class BaseServer:
                 )
             acceptor = self._make_acceptor()
             self.__acceptors += (acceptor,)
+            if self.__phase is Phase.CLOSED:  # a program gave it another listener
+                self.__begin_anew()
+            if self.__phase is not Phase.SERVING:  # as another loop may have it already
+                self.__phase = move(self.__phase, Phase.SERVING)
         if ServerStarted.subscribers:
             emit(ServerStarted(self))
         return acceptor
@@ -576,7 +603,19 @@ class BaseServer:
             if not self.__acceptors:
                 self.__shutdown_request = False
                 self.__is_shut_down.set()
+                if self.__phase is Phase.SERVING:
+                    self.__phase = move(self.__phase, Phase.STOPPED)
             self.__loops = tuple(other for other in self.__loops if other != loop)
+
+    @property
+    def __serves_here(self) -> bool:
+        """Whether the calling thread is in `serve_forever`."""
+        return (os.getpid(), threading.get_ident()) in self.__loops
+
+    def __begin_anew(self) -> None:
+        self.__phase = Phase.CREATED
+        self._guard.drain = self.drain_report = self.__drain_wish = None
+        self.draining.clear()
 
     def __wake(self) -> None:
         process = os.getpid()
@@ -597,6 +636,22 @@ class BaseServer:
         if acceptor.rest(pause, timeout) and self.__pause is pause:
             self.__pause = None
         return False
+
+    def __has_no_room(self) -> bool:
+        """Say whether clients have to wait for a place; if so, accepting rests until there is."""
+        try:
+            room = self._guard.await_room()
+        except OSError as error:
+            self.__recover(error)
+            return True
+        if room is None:
+            return False
+        if self._guard.sheds:
+            if not is_ready(self):  # an engine asks ahead, and nobody is there
+                return True
+            self._guard.shed()
+        self.pause_accepting(until=(room,))
+        return True
 
     def __recover(self, error: OSError) -> None:
         """Decide how to go on after accepting failed."""
@@ -694,15 +749,17 @@ class BaseServer:
             self._refuse(request, client_address, refusal)
         return refusal is None
 
-    def __accept_rest(self, deadline: float) -> None:
+    def __accept_rest(self, drain: Drain) -> None:
         """Accept what the kernel completed before now: no more than the backlog holds."""
         if not is_open(self) or not is_listening(self):
             return
         with Acceptor(self) as acceptor:
             left = MOST_AT_THE_END
-            while left and (remaining := deadline - time()) > 0:
+            while left and time() < drain.deadline:
                 if self.__pause is not None:
-                    self.__wait(acceptor, None if remaining == inf else remaining)
+                    drain.look()  # who is idle makes room
+                    self._wait_event(_NEVER, UNDER_WAY_INTERVAL)
+                    self.__wait(acceptor, 0)
                 elif acceptor.wait(0):
                     self._handle_request_noblock()
                     left -= 1
@@ -714,11 +771,17 @@ class BaseServer:
         """Whether the client address is not known before `prepare_request`."""
         return False
 
-    def __await_requests(self, deadline: float) -> None:
+    def __await_requests(self, drain: Drain) -> None:
         """Wait until what was taken has been served, as far as the engine knows."""
-        never = threading.Event()
-        while self._requests_under_way() and time() < deadline:
-            self._wait_event(never, UNDER_WAY_INTERVAL)
+        while (left := self._requests_under_way()) and time() < drain.deadline:
+            self._wait_event(_NEVER, UNDER_WAY_INTERVAL)
+        drain.unfinished = left
+
+    @property
+    def _has_stragglers(self) -> bool:
+        """Whether a drain has given handlers up, for which an engine does not wait any more."""
+        drain = self._guard.drain
+        return drain is not None and drain.stragglers + drain.unfinished > 0
 
     @property
     def _replies_by_listener(self) -> bool:
@@ -744,6 +807,14 @@ class BaseServer:
         except (AttributeError, OSError, ValueError):  # gone, or of a program's own kind
             return None
         return thread_waits_in_read(connection.thread, descriptor)
+
+    def _activity(self, connection: Connection) -> int | None:
+        """Return a number that grows when the handler of a connection goes on after a wait.
+
+        For sockets of which the kernel does not tell when bytes move.  ``None`` if nobody knows;
+        an engine may know better.
+        """
+        return None if connection.thread is None else thread_activity(connection.thread)
 
     def _request_here(self) -> Request | None:
         """Return the request that the calling thread serves, as far as the engine knows."""

@@ -9,21 +9,23 @@ The thread sleeps while no connection is open, so an idle server does not wake f
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from portico.deadlines import Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
-from portico.traffic import look
+from portico.traffic import look, with_activity
 
 if TYPE_CHECKING:
     from typing import Any
 
     from portico.connection import Connection, Connections
+
+RETRY: Final = 0.1
+"""Seconds until the next attempt to end a connection that had no socket to shut down."""
 
 WaitsToRead = Callable[["Connection"], "bool | None"]
 """Says whether the handler of a connection waits for bytes of it; ``None`` if nobody knows."""
@@ -33,31 +35,23 @@ class Timekeeper:
     """Ends the connections of one server that exceed a limit in time.
 
     Args:
-        server: Whose; the events carry it.
+        server: Whose.  The events carry it; its hooks tell what the engine knows of a handler.
         connections: Those that are open.
         rules: The limits.
-        waits_to_read: What the engine knows of a handler.
     """
 
-    def __init__(
-        self,
-        server: Any,
-        connections: Connections,
-        rules: Rules,
-        waits_to_read: WaitsToRead,
-    ) -> None:
+    def __init__(self, server: Any, connections: Connections, rules: Rules) -> None:
         self.is_asleep = True
         """Whether it has to be woken for a connection that comes: `wake`."""
-        self.process = os.getpid()
         self._server = server
         self._connections = connections
         self._deadlines = Deadlines(rules)
-        self._waits_to_read = waits_to_read
         self._pause = self._deadlines.first_look(0.0)
-        self._lock = threading.Lock()  # guards _thread, is_asleep
+        self._lock = threading.Lock()  # guards is_asleep, _thread, and the two that follow
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._is_stopped = False
 
     def wake(self) -> None:
         """Begin to look: a connection has come.  Callable from any thread.
@@ -66,7 +60,7 @@ class Timekeeper:
         """
         with self._lock:
             self.is_asleep = False
-            if self._thread is None and not self._is_closed:
+            if self._thread is None and not self._is_stopped:
                 thread = threading.Thread(
                     target=self._run, name=f"{type(self._server).__name__} timekeeper", daemon=True
                 )
@@ -79,20 +73,27 @@ class Timekeeper:
         self._changed.set()
 
     def close(self) -> None:
-        """Stop looking once no connection is open; the thread ends then.
+        """Look only as long as a connection is open; the thread ends then.
 
-        Callable from any thread, and again.
+        Callable from any thread, and again.  For a connection that comes all the same, another
+        thread is started.
         """
         with self._lock:
             self._is_closed = True
         self._changed.set()
 
+    def stop(self) -> None:
+        """Look no more; the thread ends soon.  Callable from any thread, and again."""
+        with self._lock:
+            self._is_stopped = True
+        self._changed.set()
+
     def _run(self) -> None:
         while True:
             self._changed.clear()
-            if self._may_sleep():
-                if self._is_closed:  # not before the last connection has ended
-                    return
+            if self._may_end():
+                return
+            if self.is_asleep:
                 self._changed.wait()
                 continue
             next_look = self.look_at_all(monotonic())
@@ -100,14 +101,17 @@ class Timekeeper:
             # for its first look.
             self._changed.wait(max(0.0, min(next_look - monotonic(), self._pause)))
 
-    def _may_sleep(self) -> bool:
-        """Note that nobody is looked at, if nobody is there."""
+    def _may_end(self) -> bool:
+        """Say whether the thread has nothing left to do; note if nobody is there to look at."""
         with self._lock:
             # First the note, then the look: who comes after it wakes us.
             self.is_asleep = True
             if len(self._connections):
                 self.is_asleep = False
-            return self.is_asleep
+            if self._is_stopped or (self._is_closed and self.is_asleep):
+                self._thread = None
+                return True
+            return False
 
     def look_at_all(self, now: float) -> float:
         """Look at the connections that are due, and end those whose time is over.
@@ -131,16 +135,21 @@ class Timekeeper:
             connection.next_look = self._deadlines.first_look(connection.accepted)
             if connection.next_look > now:
                 return
-        verdict = self._deadlines.judge(
-            connection.memory, now, look(connection.request), self._waits_to_read(connection)
-        )
+        traffic = look(connection.request)
+        if traffic.received is None:
+            traffic = with_activity(traffic, self._server._activity(connection))
+        waits_to_read = self._server._waits_to_read(connection)
+        verdict = self._deadlines.judge(connection.memory, now, traffic, waits_to_read)
         connection.next_look = verdict.next_look
         if verdict.deadline is not None:
             self._end(connection, verdict.deadline, now)
 
     def _end(self, connection: Connection, deadline: Deadline, now: float) -> None:
         connection.deadline = deadline
+        if not self._connections.interrupt(connection):  # it has ended, or is just changing hands
+            connection.next_look = now + RETRY
+            return
         connection.next_look = inf  # nothing more can be done to one that goes on all the same
-        if self._connections.interrupt(connection) and DeadlineExpired.subscribers:
+        if DeadlineExpired.subscribers:
             duration = now - connection.accepted
             emit(DeadlineExpired(self._server, connection.client_address, deadline, duration))

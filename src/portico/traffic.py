@@ -146,6 +146,26 @@ def read(info: bytes, unread: int | None = None, unsent: int | None = None) -> T
     )
 
 
+def with_activity(traffic: Traffic, activity: int | None) -> Traffic:
+    """Put what an engine knows in the place of bytes that the kernel does not count.
+
+    So it is with a Unix socket: nobody tells how many bytes came and left, nor when the last did.
+    What then stands in `Traffic.received` and `Traffic.sent` only tells whether anything moved
+    between two looks.
+
+    Args:
+        traffic: What `look` returned.
+        activity: A number of 0 or more that grows when the handler does something; ``None`` if
+            nobody knows.
+    """
+    if activity is None or traffic is UNKNOWN or traffic.received is not None:
+        return traffic
+    # Side by side, so that a change of one cannot hide that of another; and never 0, which would
+    # say that nothing has ever moved.
+    mark = ((activity + 1) << 64) + ((traffic.unread or 0) << 32) + (traffic.unsent or 0)
+    return traffic._replace(received=mark, sent=mark)
+
+
 def idle_seconds(sock: Any) -> float | None:
     """Say for how long no byte has left or come in: one system call, for a look at many.
 

@@ -1,11 +1,11 @@
-"""Say whether a thread waits for bytes of one connection, without asking the thread.
+"""Say whether a thread waits for bytes of one connection or goes on, without asking the thread.
 
 Owns what Linux shows of a blocked thread.  Everywhere else, and where it is not shown, the answer
 is that nobody knows.
 
-Source: proc_pid_syscall(5): the number of the system call in which a thread is blocked and its
-arguments, or ``running``; poll(2) for `struct pollfd`.  The numbers are those of the kernel's
-asm/unistd_64.h and asm-generic/unistd.h.
+Source: proc_pid_status(5); proc_pid_syscall(5): the number of the system call in which a thread is
+blocked and its arguments, or ``running``; poll(2) for `struct pollfd`.  The numbers are those of
+the kernel's asm/unistd_64.h and asm-generic/unistd.h.
 """
 
 from __future__ import annotations
@@ -72,6 +72,28 @@ def thread_waits_in_read(native_thread_id: int, fd: int) -> bool | None:
     if number in _calls.reads:
         return first == fd
     return number in _calls.polls and _polls_for_reading(first, second, fd)
+
+
+def thread_activity(native_thread_id: int) -> int | None:
+    """Return a number that grows when a thread of this process goes on after a wait.
+
+    It is how often the thread was taken from a processor: while it is blocked, the number stays.
+    Callable from any thread.  About thirty microseconds.
+
+    Args:
+        native_thread_id: As for `thread_waits_in_read`.
+
+    Returns:
+        The number; ``None`` when nobody knows: no such thread, no /proc.
+    """
+    try:
+        with open(f"/proc/self/task/{native_thread_id}/status", "rb", buffering=0) as shown:  # noqa: PTH123
+            _, marker, switches = shown.read(8192).partition(b"\nvoluntary_ctxt_switches:")
+    except OSError:
+        return None
+    # Between the number of the voluntary ones and that of the others stands a name.
+    numbers = [int(word) for word in switches.split() if word.isdigit()]
+    return sum(numbers) if marker and numbers else None
 
 
 def _state(native_thread_id: int) -> list[str] | None:

@@ -8,11 +8,13 @@ import http.server
 import os
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ from portico import (
     engines,
 )
 from portico.engines import serve, serve_foreign
+from portico.events import Deadline, DeadlineExpired
+from portico.guard import Guard
 from tests.support import (
     PATIENCE,
     Call,
@@ -41,7 +45,9 @@ from tests.support import (
     goodbye,
     nothing_left_behind,
     received,
+    recorded,
 )
+from tests.tls import Authority
 
 LOOPBACK = ("127.0.0.1", 0)
 
@@ -618,3 +624,225 @@ def test_a_server_that_grew_shrinks_again(engine: str) -> None:
         calls = [Call(running.ask, b"%d\n" % number) for number in range(12)]
         assert [call.result() for call in calls] == [b"%d\n" % number for number in range(12)]
         eventually(lambda: not getattr(server, "active_children", None), "children are collected")
+
+
+# --- places -----------------------------------------------------------------------------
+
+
+class Ending(StreamRequestHandler):
+    """Ends in the way that its server says, after a word of its client."""
+
+    def handle(self) -> None:
+        self.wfile.write(self.rfile.readline())
+        self.wfile.flush()
+        if (end := getattr(self.server, "end", None)) is not None:
+            end(self.request)
+
+
+def fail(*_: object) -> None:
+    raise ValueError("on purpose")
+
+
+def abort(*_: object) -> None:
+    raise Abort
+
+
+def refuse(*_: object) -> bool:
+    return False
+
+
+def close(request: socket.socket) -> None:
+    request.close()
+
+
+def detach(request: socket.socket) -> None:
+    os.close(request.detach())
+
+
+def no_thread(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def close_and_fail(server: TCPServer) -> Any:
+    """Return a `close_request` that fails in the family's own call."""
+
+    def close_request(request: Any) -> None:
+        class Failing:
+            def close(self) -> None:
+                request.close()
+                raise OSError("on purpose")
+
+        connection = server._guard.connections.get(request)
+        failing = Failing()
+        if connection is not None:
+            server._guard.connections.exchange(request, failing)
+        TCPServer.close_request(server, failing)
+
+    return close_request
+
+
+def close_in_vain(request: Any) -> None:
+    """Stand for a `shutdown_request` that fails, when nobody knows the connection any more."""
+    request.close()
+    fail()
+
+
+def keep_open(request: Any) -> None:
+    """Stand for a `shutdown_request` that leaves the connection to somebody else."""
+    kept.append(request)
+
+
+kept: list[Any] = []
+
+
+def another(request: socket.socket, client_address: Any) -> tuple[socket.socket, Any]:
+    """Stand for a `prepare_request` that exchanges the socket."""
+    return socket.socket(fileno=request.detach()), client_address
+
+
+PATHS: dict[str, dict[str, Any]] = {
+    "served": {},
+    "verified not": {"verify_request": refuse},
+    "verifying fails": {"verify_request": fail},
+    "admitted not": {"admit_request": refuse},
+    "admitting fails": {"admit_request": fail},
+    "processing fails": {"process_request": fail},
+    "no worker": {"process_request": no_thread},
+    "preparing fails": {"prepare_request": fail},
+    "exchanged": {"prepare_request": another},
+    "exchanged, and fails": {"prepare_request": another, "end": fail},
+    "handler fails": {"end": fail},
+    "handler closes": {"end": close},
+    "handler detaches": {"end": detach},
+    "kept open": {"shutdown_request": keep_open},
+    "shutting down fails": {"shutdown_request": close_in_vain},
+    "closing fails": {"close_request": close_and_fail},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", [*MIX_INS, "green"])
+def test_every_path_gives_the_place_back(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of a connection, nobody counts or remembers it in the end."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    mix_ins = MIX_INS.get(name, (GreenMixIn,))
+    server: Any = type("Server", (*mix_ins, TCPServer), {"max_connections": 9})(LOOPBACK, Ending)
+    server.handle_error = lambda *_: None
+    for hook, replacement in PATHS[path].items():
+        made = replacement(server) if replacement is close_and_fail else replacement
+        setattr(server, hook, made)
+    guard = server._guard
+    with nothing_left_behind():
+        with RunningServer(server) as running:
+            for _ in range(3):
+                with running.connect() as client:
+                    client.sendall(b"word\n")
+                    if path == "kept open":
+                        assert client.recv(100) == b"word\n"
+                    else:
+                        goodbye(client)
+                if not running.is_serving():  # what it raises ends the loop of the serial engine
+                    break
+            if path in {"shutting down fails", "closing fails"}:
+                running.shutdown()
+                running.wait_ended()
+        eventually(partial(is_forgotten, guard))
+        for request in kept:
+            request.close()
+        kept.clear()
+
+
+def is_forgotten(guard: Guard) -> bool:
+    return guard.gate is not None and guard.gate.active == 0 and guard.open == 0
+
+
+def test_a_worker_that_is_killed_gives_the_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    for name in (*CONCURRENT, "green"):
+        mix_ins = MIX_INS.get(name, (GreenMixIn,))
+        attributes = {"max_connections": 9, "end": staticmethod(abort)}
+        server: Any = type("Server", (*mix_ins, TCPServer), attributes)(LOOPBACK, Ending)
+        with RunningServer(server) as running:
+            assert running.ask(b"word\n") == b"word\n"
+            guard = server._guard
+            eventually(partial(is_forgotten, guard))
+
+
+@pytest.mark.parametrize("name", [*CONCURRENT, "green"])
+def test_closing_under_load_gives_every_place_back(name: str) -> None:
+    mix_ins = MIX_INS.get(name, (GreenMixIn,))
+    attributes = {"max_connections": 20, "max_children": 20}
+    server: Any = type("Server", (*mix_ins, TCPServer), attributes)(LOOPBACK, Ending)
+    stopped = threading.Event()
+
+    def call_on() -> None:
+        while not stopped.is_set():
+            try:
+                with connect(server) as client:
+                    client.sendall(b"word\n")
+                    goodbye(client)
+            except OSError:
+                return
+
+    with nothing_left_behind():
+        with RunningServer(server) as running:
+            calls = [Call(call_on) for _ in range(4)]
+            eventually(lambda: server._guard.gate.active)
+            Call(server.server_close).result()
+            assert running.wait_ended() is None
+            stopped.set()
+            for call in calls:
+                call.result()
+        eventually(partial(is_forgotten, server._guard))
+
+
+@pytest.mark.parametrize("is_eager", [True, False])
+@pytest.mark.parametrize("name", [*MIX_INS, "green"])
+def test_a_handshake_that_fails_gives_the_place_back(
+    name: str, is_eager: bool, authority: Authority
+) -> None:
+    """With a context, or with a listener that speaks TLS."""
+    pair = authority.issue("localhost")
+    mix_ins = MIX_INS.get(name, (GreenMixIn,))
+    server: Any = type("Server", (*mix_ins, TCPServer), {"max_connections": 9})(LOOPBACK, Ending)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    if is_eager:
+        server.ssl_context = context
+    else:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    with nothing_left_behind(), RunningServer(server) as running:
+        for words in (b"GET / HTTP/1.0\r\n\r\n", b"", b"\x16\x03\x01\x02\x00\x01"):
+            with running.connect() as client:
+                client.sendall(words)
+                client.shutdown(socket.SHUT_WR)
+                goodbye(client)
+        with (
+            running.connect() as plain,
+            authority.client().wrap_socket(plain, server_hostname="localhost") as client,
+        ):
+            client.sendall(b"word\n")
+            assert client.recv(100) == b"word\n"
+        guard = server._guard
+        eventually(partial(is_forgotten, guard))
+
+
+@pytest.mark.parametrize("name", ["threads", "pool", "green"])
+def test_a_limit_in_time_ends_a_handshake(name: str, authority: Authority) -> None:
+    """Although the connection changes hands for it."""
+    pair = authority.issue("localhost")
+    attributes = {
+        "ssl_context": (pair.certificate, pair.key),
+        "request_timeout": 0.1,
+        "handshake_timeout": None,
+    }
+    server: Any = type("Server", (*MIX_INS.get(name, (GreenMixIn,)), TCPServer), attributes)(
+        LOOPBACK, Ending
+    )
+    with recorded(DeadlineExpired) as expired, RunningServer(server) as running:
+        with running.connect() as client:
+            assert goodbye(client) == b""
+        eventually(lambda: expired)  # told once it is done
+        assert [event.deadline for event in expired] == [Deadline.REQUEST]

@@ -95,9 +95,9 @@ class ForkingMixIn(Hooks):
             self._serve_and_exit(request, client_address)
         if self.active_children is None:
             self.active_children = set()
-        self.active_children.add(child)
         if guard is not None:
-            guard.hand_to_child(child, request)
+            guard.hand_to_child(child, request)  # first: another thread may collect it at once
+        self.active_children.add(child)
         self.close_request(request)  # not shut down: the child uses the same connection
         if len(self.active_children) >= self.max_children:
             self._rest_at_limit()

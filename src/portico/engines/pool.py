@@ -116,7 +116,8 @@ class ThreadPoolMixIn(Hooks):
         pool = self._pool
         if pool is not None:
             pool.close()
-            if self.block_on_close and not self.daemon_threads:
+            may_wait = self.block_on_close and not self.daemon_threads
+            if may_wait and not getattr(self, "_has_stragglers", False):
                 pool.wait_ended()
 
 

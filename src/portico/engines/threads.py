@@ -153,6 +153,10 @@ class ThreadingMixIn(Hooks):
         return len(threads) if isinstance(threads, list) else 0
 
     def server_close(self) -> None:
-        """Close the listener, then wait for the threads as `block_on_close` says."""
+        """Close the listener, then wait for the threads as `block_on_close` says.
+
+        Not after a drain that has given some up.
+        """
         super().server_close()
-        self._threads.join()
+        if not getattr(self, "_has_stragglers", False):
+            self._threads.join()

@@ -18,7 +18,7 @@ import portico
 from portico import events
 from portico.engines.green import HOOKS as OF_THE_ENGINE
 from portico.engines.green import GreenMixIn
-from portico.engines.green.plain import OF_DATAGRAMS, OF_EVERY_SERVER, PlainPath
+from portico.engines.green.plain import AT_THE_END, OF_EVERY_SERVER, PlainPath
 from portico.engines.green.sockets import Lineage
 from portico.families import UDPServer
 from tests.support import PATIENCE, Call
@@ -161,7 +161,7 @@ class TestHooks:
 
 
 def test_the_hooks_of_the_test_are_those_that_are_left_out() -> None:
-    assert set(HOOKS) == {*OF_EVERY_SERVER, *OF_DATAGRAMS, *OF_THE_ENGINE}
+    assert set(HOOKS) == {*OF_EVERY_SERVER, *AT_THE_END, *OF_THE_ENGINE}
 
 
 def test_a_server_that_nobody_changed_takes_the_plain_path(server: Any, taken: list[bool]) -> None:

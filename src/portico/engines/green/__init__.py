@@ -142,13 +142,13 @@ class GreenMixIn(_Base):
 
     def server_close(self) -> None:
         """Close the listener, then wait for the handlers as `block_on_close` says."""
-        green = self._get_green()
-        for crew in green.crews.live():
-            crew.drop_datagram_socket()  # it has the listener's number, soon somebody else's
+        if not is_ours(self):
+            self._drop_datagram_sockets()
         super().server_close()
         self._wake_acceptors()
-        if self.block_on_close and not self.daemon_threads:
-            green.crews.join()
+        may_wait = self.block_on_close and not self.daemon_threads
+        if may_wait and not getattr(self, "_has_stragglers", False):
+            self._get_green().crews.join()
 
     # --- one request --------------------------------------------------------------------
 
@@ -197,6 +197,10 @@ class GreenMixIn(_Base):
         request = connection.request
         return request.watch.reader is not None if isinstance(request, GreenSocket) else None
 
+    def _activity(self, connection: Connection) -> int | None:
+        request = connection.request
+        return request.watch.activity if isinstance(request, GreenSocket) else None
+
     def _requests_under_way(self) -> int:
         return sum(crew.busy for crew in self._get_green().crews.live())
 
@@ -220,6 +224,14 @@ class GreenMixIn(_Base):
             hub.sleep(min(remaining, EVENT_INTERVAL))
 
     # --- inside -------------------------------------------------------------------------
+
+    def _close_listener(self) -> None:
+        self._drop_datagram_sockets()
+        super()._close_listener()
+
+    def _drop_datagram_sockets(self) -> None:
+        for crew in self._get_green().crews.live():
+            crew.drop_datagram_socket()  # it has the listener's number, soon somebody else's
 
     def _make_acceptor(self) -> GreenAcceptor:
         """Return what the serving loop of this thread waits with."""

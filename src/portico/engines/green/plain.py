@@ -42,11 +42,9 @@ OF_EVERY_SERVER: Final = {
 }
 """The hooks that are left out of the path of a connection, beside those of the engine."""
 
-OF_DATAGRAMS: Final = {
-    "shutdown_request": UDPServer.shutdown_request,
-    "close_request": UDPServer.close_request,
-}
-"""Those that are left out of the path of a datagram as well, because they do nothing."""
+AT_THE_END: Final = ("shutdown_request", "close_request")
+"""Those that have to be the family's: of a datagram they do nothing, and are left out; of a
+connection they are called, and nobody looks after them whether it is forgotten."""
 
 
 class PlainPath:
@@ -71,7 +69,8 @@ class PlainPath:
         self._crew = crew
         self._listener = server.socket
         is_datagram = family_request is UDPServer.get_request
-        hooks = OF_EVERY_SERVER | own | (OF_DATAGRAMS if is_datagram else {})
+        family = UDPServer if is_datagram else TCPServer
+        hooks = OF_EVERY_SERVER | own | {name: getattr(family, name) for name in AT_THE_END}
         self._names = hooks.keys()
         self._find = attrgetter(*hooks)
         self._expected = tuple(hooks.values())

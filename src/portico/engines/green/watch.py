@@ -72,6 +72,7 @@ class Watch:
         "timeout",
         "timer",
         "turn",
+        "waits",
         "write_deadline",
         "writer",
     )
@@ -95,6 +96,8 @@ class Watch:
         # When others are to have their turn, by `time.monotonic`, unless they had it before.
         self.turn = -1
         # The poller's when the slice began; with another, others had their turn since.
+        self.waits = 0
+        # How many there were, but for those to read by a mere switch.
         self.timeout = timeout
         self.timer: asyncio.TimerHandle | None = None
         self.read_deadline = inf
@@ -120,6 +123,7 @@ class Watch:
         if self.reader is not None:
             self._join_crowd(hub, deadline)
             return
+        self.waits += 1
         self.reader = current = getcurrent()
         self.owner = None
         self.read_deadline = deadline
@@ -150,6 +154,7 @@ class Watch:
         if self.writer is not None:
             self._join_crowd(hub, deadline)
             return
+        self.waits += 1
         self.writer = getcurrent()
         self.write_deadline = deadline
         if deadline != inf:
@@ -179,6 +184,14 @@ class Watch:
             hub.give_way()
         self.turn = poller.turn
         self.slice_end = monotonic() + SLICE
+
+    @property
+    def activity(self) -> int | None:
+        """A number that grows while bytes of a Unix socket move, callable from any thread.
+
+        ``None`` if nobody waited here: the descriptor may be asyncio's by now.
+        """
+        return None if self.hub is None else self.waits + max(self.turn, 0)
 
     def deadline(self) -> float:
         """Return when an operation that begins now has to end, by `time.monotonic`."""

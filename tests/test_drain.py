@@ -1,0 +1,433 @@
+"""How a drain sees connections to their end, in a server of each engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from portico import (
+    BaseRequestHandler,
+    ForkingTCPServer,
+    GreenTCPServer,
+    GreenUDPServer,
+    TCPServer,
+    ThreadingTCPServer,
+    ThreadingUDPServer,
+    ThreadPoolTCPServer,
+)
+from portico.connection import Connection, Connections
+from portico.drain import Drain
+from portico.errors import PhaseError, SettingError
+from portico.events import CloseReason, ConnectionClosed, Drained, DrainStarted
+from portico.lifecycle import DrainReport, Phase
+from tests.support import (
+    PATIENCE,
+    Call,
+    RunningServer,
+    connect,
+    eventually,
+    goodbye,
+    recorded,
+    reset,
+)
+
+LOOPBACK = ("127.0.0.1", 0)
+CONCURRENT = [ThreadingTCPServer, ThreadPoolTCPServer, GreenTCPServer]
+
+
+class Handler(BaseRequestHandler):
+    """Answers words; to "hold" only when the test says so, and to "deaf" never again."""
+
+    def handle(self) -> None:
+        while words := self.request.recv(100):
+            self.request.sendall(words)
+            if words == b"hold":
+                self.server._wait_event(self.server.go_on, None)
+                self.request.sendall(b"held")
+                return
+            if words == b"deaf":
+                self.server._wait_event(self.server.go_on, None)
+                return
+
+
+@pytest.fixture(params=CONCURRENT, ids=lambda kind: kind.__name__)
+def running(request: pytest.FixtureRequest) -> Iterator[RunningServer[Any]]:
+    server = request.param(LOOPBACK, Handler)
+    server.go_on = threading.Event()
+    with RunningServer(server) as running:
+        yield running
+        server.go_on.set()
+
+
+def say(running: RunningServer[Any], words: bytes) -> socket.socket:
+    """Connect a client that has said something and got its answer."""
+    client = running.connect()
+    client.sendall(words)
+    assert client.recv(100) == words
+    return client
+
+
+def sums(report: DrainReport | None) -> tuple[int, int, int, int]:
+    assert report is not None
+    return report.connections, report.finished, report.idle, report.forced
+
+
+# --- one drain --------------------------------------------------------------------------
+
+
+def test_idle_ones_end_busy_ones_finish_and_the_rest_is_closed(running: RunningServer[Any]) -> None:
+    server = running.server
+    with (
+        say(running, b"idle") as idle,
+        say(running, b"hold") as busy,
+        recorded(DrainStarted, Drained) as told,
+    ):
+        draining = Call(server.drain, PATIENCE)
+        assert goodbye(idle) == b""
+        assert server.draining.is_set()
+        assert server.phase is Phase.DRAINING
+        server.go_on.set()
+        assert goodbye(busy) == b"held"
+        report = draining.result()
+        assert sums(report) == (2, 1, 1, 0)
+        assert report is server.drain_report
+        assert [type(event) for event in told] == [DrainStarted, Drained]
+        with pytest.raises(ConnectionRefusedError):
+            running.connect()
+    assert server.phase.value == "closed"
+    assert not running.is_serving()
+
+
+def test_what_is_open_at_the_deadline_is_closed_and_counted_as_forced(
+    running: RunningServer[Any],
+) -> None:
+    with recorded(ConnectionClosed) as closed, say(running, b"hold") as busy:
+        draining = Call(running.server.drain, 0.0)
+        assert goodbye(busy) == b""
+        running.server.go_on.set()
+        assert sums(draining.result()) == (1, 0, 0, 1)
+        eventually(lambda: closed)
+    assert [event.reason for event in closed] == [CloseReason.CUT]
+
+
+def test_a_handler_that_goes_on_is_not_waited_for(running: RunningServer[Any]) -> None:
+    server = running.server
+    server.drain_timeout = 0.0
+    with say(running, b"deaf") as deaf:
+        Call(server.server_close).result()
+        assert not server.go_on.is_set()  # and so its handler waits still
+        assert sums(server.drain_report) == (1, 0, 0, 1)
+        assert server._has_stragglers
+        assert goodbye(deaf) == b""
+    server.go_on.set()
+
+
+def test_later_calls_join_the_first(running: RunningServer[Any]) -> None:
+    with say(running, b"hold"):
+        first = Call(running.server.drain, PATIENCE)
+        eventually(running.server.draining.is_set)
+        others = [Call(running.server.drain, 0.0) for _ in range(3)]
+        assert first.is_running()
+        running.server.go_on.set()
+        report = first.result()
+        assert all(other.result() is report for other in others)
+    assert running.server.drain() is report
+
+
+def test_closing_joins_a_drain_that_is_under_way(running: RunningServer[Any]) -> None:
+    running.server.drain_timeout = PATIENCE
+    with say(running, b"hold"):
+        draining = Call(running.server.drain)
+        eventually(running.server.draining.is_set)
+        closing = Call(running.server.server_close)
+        running.server.go_on.set()
+        closing.result()
+        assert draining.result() is running.server.drain_report
+
+
+def test_who_waits_in_the_backlog_for_a_place_gets_one_from_who_is_idle(
+    running: RunningServer[Any],
+) -> None:
+    server = running.server
+    running.shutdown()
+    server.max_connections = 1
+    with RunningServer(server), say(running, b"idle") as idle:
+        with running.connect() as waiting:
+            waiting.sendall(b"waiting")
+            draining = Call(server.drain, PATIENCE)
+            assert goodbye(idle) == b""
+            assert waiting.recv(100) == b"waiting"
+        report = draining.result()
+        assert report is not None
+        assert report.connections == 2
+        assert report.forced == 0
+    assert server._guard.gate.active == 0
+
+
+def test_a_stopped_server_can_be_drained(running: RunningServer[Any]) -> None:
+    with say(running, b"idle"):
+        running.shutdown()
+        assert running.server.phase is Phase.STOPPED
+        assert sums(running.server.drain(PATIENCE)) == (1, 0, 1, 0)
+
+
+def test_a_server_begins_anew_with_another_listener(running: RunningServer[Any]) -> None:
+    server = running.server
+    with say(running, b"idle"):
+        server.drain(PATIENCE)
+    running.wait_ended()
+    server.socket = socket.create_server(LOOPBACK)
+    server.server_address = server.socket.getsockname()
+    with RunningServer(server) as again:
+        assert server.phase is Phase.SERVING
+        assert not server.draining.is_set()
+        assert server.drain_report is None
+        with say(again, b"idle"):
+            assert sums(server.drain(PATIENCE)) == (1, 0, 1, 0)
+
+
+def test_a_handler_that_drains_does_not_wait_for_itself() -> None:
+    """Nor does anything need to end it: it is on its way."""
+
+    class Draining(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(100)
+            reports.append(self.server.drain(PATIENCE))
+            self.request.sendall(b"drained")
+
+    reports: list[Any] = []
+    with RunningServer(ThreadingTCPServer(LOOPBACK, Draining)) as running:
+        with running.connect() as other, running.connect() as client:
+            client.sendall(b"x")
+            assert goodbye(client) == b"drained"
+            assert goodbye(other) == b"drained"
+        # The other handler, woken by end-of-file, drains as well.
+        eventually(lambda: len(reports) == 2)
+        assert {report.connections for report in reports} == {1}
+
+
+@pytest.mark.parametrize("kind", [TCPServer, GreenTCPServer])
+def test_in_the_thread_that_serves_the_loop_drains_before_it_returns(kind: Any) -> None:
+    class Draining(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(100)
+            assert self.server.drain(PATIENCE) is None
+            self.request.sendall(b"soon")
+
+    with RunningServer(kind(LOOPBACK, Draining)) as running:
+        with running.connect() as client:
+            client.sendall(b"x")
+            assert goodbye(client) == b"soon"
+        assert running.wait_ended() is None
+        assert running.server.drain_report is not None
+        assert running.server.phase is Phase.CLOSED
+
+
+@pytest.mark.parametrize("kind", [TCPServer, ThreadingTCPServer, GreenTCPServer])
+@pytest.mark.parametrize("is_drained", [True, False])
+def test_the_thread_that_serves_may_close(kind: Any, is_drained: bool) -> None:
+    """It ends the loop, and does not wait for itself; a drain that it asked for before comes."""
+
+    class Closing(kind):  # type: ignore[misc]
+        drain_timeout = PATIENCE
+        block_on_close = False
+
+        def service_actions(self) -> None:
+            super().service_actions()
+            if is_drained:
+                assert self.drain() is None
+            self.server_close()
+
+    with RunningServer(Closing(LOOPBACK, Handler), 0.01) as running:
+        assert running.wait_ended() is None
+        assert running.server.phase is Phase.CLOSED
+        assert (running.server.drain_report is not None) is is_drained
+
+
+def test_a_server_that_never_served_cannot_be_drained() -> None:
+    with TCPServer(LOOPBACK, Handler) as server:
+        with pytest.raises(PhaseError, match="serving or stopped"):
+            server.drain()
+        with pytest.raises(SettingError, match="timeout"):
+            server.drain(-1)
+        assert server.phase is Phase.CREATED
+    assert server.phase.value == "closed"
+    with pytest.raises(PhaseError, match="'closed'"):
+        server.drain()
+
+
+def test_a_loop_that_begins_in_the_middle_of_a_drain_ends_at_once(
+    running: RunningServer[Any],
+) -> None:
+    with say(running, b"hold"):
+        draining = Call(running.server.drain, PATIENCE)
+        eventually(running.server.draining.is_set)
+        Call(running.server.serve_forever).result()
+        assert draining.is_running()
+        running.server.go_on.set()
+        draining.result()
+
+
+@pytest.mark.parametrize("kind", [ThreadingUDPServer, GreenUDPServer])
+def test_a_datagram_whose_handler_goes_on_is_not_waited_for(kind: Any) -> None:
+    class Deaf(BaseRequestHandler):
+        def handle(self) -> None:
+            begun.set()
+            self.server._wait_event(go_on, None)
+
+    begun, go_on = threading.Event(), threading.Event()
+    server = kind(LOOPBACK, Deaf)
+    server.drain_timeout = 0.05
+    with RunningServer(server) as running, running.connect() as client:
+        client.send(b"x")
+        assert begun.wait(PATIENCE)
+        Call(server.server_close).result()
+        assert server._has_stragglers
+        go_on.set()
+
+
+# --- children ---------------------------------------------------------------------------
+
+
+class Stubborn(BaseRequestHandler):
+    """Is not ended by SIGTERM."""
+
+    def handle(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.request.sendall(b"x")
+        while True:
+            time.sleep(PATIENCE)
+
+
+def test_a_child_that_does_not_end_is_ended() -> None:
+    server = ForkingTCPServer(LOOPBACK, Stubborn)
+    server.drain_timeout = 0.0
+    with RunningServer(server) as running, running.connect() as client:
+        assert client.recv(1) == b"x"
+        Call(server.server_close).result()
+        assert goodbye(client) == b""
+        assert sums(server.drain_report) == (1, 0, 0, 1)
+        assert not server._has_stragglers
+
+
+# --- without a server -------------------------------------------------------------------
+
+
+def make(connections: Connections) -> Drain:
+    return Drain(connections, {}, lambda _: True, 0.0)
+
+
+def test_one_that_was_lost_is_counted_at_the_next_look() -> None:
+    lost: list[Connection] = []
+    connections = Connections(lost.append)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connections.add(ours, "peer")
+        drain = make(connections)
+        assert drain.look() == 1
+        ours.close()
+        del ours
+        drain.note_lost(lost.pop())
+        assert drain.look() == 0
+    assert sums(drain.run(lambda event, seconds: event.wait(seconds))) == (1, 1, 0, 0)
+
+
+def test_a_child_that_has_gone_already_is_no_reason_to_fail() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    connection = Connection(None, "peer")
+    connection.process = child
+    children = {child: connection}
+    drain = Drain(Connections(lambda _: None), children, lambda _: None, 0.0)
+
+    def wait(event: threading.Event, seconds: float) -> None:
+        del event, seconds
+        if children.pop(child, None):
+            drain.note_end(connection)
+
+    assert sums(drain.run(wait)) == (1, 0, 0, 1)
+
+
+# --- the law ----------------------------------------------------------------------------
+
+STEPS = st.lists(
+    st.sampled_from(["idle", "talk", "hold", "leave", "reset", "silent", "free"]), max_size=12
+)
+
+
+class Crowd:
+    """Clients that come, talk and go."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+        self.clients: list[socket.socket] = []
+
+    def act(self, step: str) -> None:
+        try:
+            if step in {"idle", "hold", "silent"}:
+                self.come(step)
+            elif step == "free":
+                self.server.go_on.set()
+            elif self.clients:
+                self.go_on(self.clients[len(self.clients) // 2], step)
+        except OSError:  # refused, or closed by the drain
+            pass
+
+    def come(self, step: str) -> None:
+        self.clients.append(connect(self.server))
+        if step != "silent":
+            self.clients[-1].sendall(step.encode())
+
+    def go_on(self, client: socket.socket, step: str) -> None:
+        if step == "talk":
+            client.sendall(b"talk")
+            return
+        self.clients.remove(client)
+        if step == "reset":
+            reset(client)
+        client.close()
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, GreenTCPServer])
+@given(before=STEPS, during=STEPS, timeout=st.sampled_from([0.0, 0.15]))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+def test_every_connection_is_counted_once_whatever_clients_do(
+    kind: Any, before: list[str], during: list[str], timeout: float
+) -> None:
+    """``finished + idle + forced == connections``, and none is open, counted or has a place."""
+    server = kind(LOOPBACK, Handler)
+    server.go_on = threading.Event()
+    server.max_connections = 50
+    crowd = Crowd(server)
+    with RunningServer(server):
+        try:
+            for step in before:
+                crowd.act(step)
+            draining = Call(server.drain, timeout)
+            for step in during:
+                crowd.act(step)
+            report = draining.result()
+        finally:
+            server.go_on.set()
+            crowd.close()
+        assert report is not None
+        assert report.finished + report.idle + report.forced == report.connections
+        opened = sum(step in {"idle", "hold", "silent"} for step in (*before, *during))
+        assert report.connections <= opened
+        eventually(lambda: server._guard.gate.active == 0)
+        assert server._guard.open == 0

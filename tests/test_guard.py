@@ -1,0 +1,515 @@
+"""How what the settings ask for goes together: places, time, children."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from portico import (
+    BaseRequestHandler,
+    ForkingTCPServer,
+    GreenTCPServer,
+    StreamRequestHandler,
+    TCPServer,
+    ThreadingTCPServer,
+    ThreadingUnixStreamServer,
+    ThreadPoolTCPServer,
+)
+from portico.errors import SettingError
+from portico.events import (
+    CloseReason,
+    ConnectionClosed,
+    ConnectionRefused,
+    DeadlineExpired,
+    RefusalReason,
+)
+from portico.guard import Guard, check_timeout
+from tests.support import (
+    PATIENCE,
+    Journal,
+    RunningServer,
+    eventually,
+    goodbye,
+    in_child,
+    recorded,
+)
+
+LOOPBACK = ("127.0.0.1", 0)
+
+
+class Echo(StreamRequestHandler):
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(line)
+
+
+class Server(ThreadingTCPServer):
+    daemon_threads = True
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(LOOPBACK, Echo) as server:
+        yield server
+
+
+def exchange(client: socket.socket, words: bytes = b"hello\n") -> None:
+    client.sendall(words)
+    assert client.recv(100) == words
+
+
+def refused_or_told(running: RunningServer[Any]) -> bytes:
+    with running.connect() as client:
+        return goodbye(client)
+
+
+# --- settings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("when_full", "drop"),
+        ("drain_timeout", -1),
+        ("drain_timeout", float("nan")),
+        ("max_connections", 0),
+        ("idle_timeout", 0),
+        ("request_timeout", -1),
+        ("minimum_rate", 0),
+        ("accept_rate", 0),
+        ("allowed_networks", ["nowhere"]),
+    ],
+)
+def test_a_bad_setting_fails_when_the_server_is_made_and_when_it_serves(
+    name: str, value: object
+) -> None:
+    kind: Any = type("Wrong", (TCPServer,), {name: value})
+    with pytest.raises(SettingError, match=name):
+        kind(LOOPBACK, Echo)
+    with TCPServer(LOOPBACK, Echo) as server:
+        setattr(server, name, value)
+        with pytest.raises(SettingError, match=name):
+            server.serve_forever()
+
+
+@pytest.mark.parametrize("value", [None, 0, 0.5, 3600])
+def test_a_timeout_may_be_nothing_or_none(value: float | None) -> None:
+    check_timeout("timeout", value)
+
+
+def test_settings_that_stay_build_nothing_anew(server: Server) -> None:
+    server.max_connections, server.idle_timeout = 5, 60.0
+    guard = server._guard
+    guard.read_settings()
+    gate, keeper = guard.gate, guard.keeper
+    assert gate is not None
+    assert keeper is not None
+    guard.read_settings()
+    assert (guard.gate, guard.keeper) == (gate, keeper)
+
+
+def test_without_limits_there_is_neither_gate_nor_timekeeper(server: Server) -> None:
+    guard = server._guard
+    assert (guard.gate, guard.keeper, guard.await_room()) == (None, None, None)
+    guard.close()
+
+
+def test_a_server_that_was_never_initialised_has_no_limits() -> None:
+    guard = Guard(None)
+    guard.read_settings()
+    assert guard.admit(object(), None) is None
+    assert (guard.gate, guard.keeper) == (None, None)
+
+
+def test_connections_that_are_open_count_by_rules_that_change(server: Server) -> None:
+    """A server that serves again has not forgotten whom it serves still."""
+    server.when_full = "refuse"
+    server.max_connections = 2
+    with RunningServer(server) as running, running.connect() as first, running.connect() as second:
+        exchange(first)
+        exchange(second)
+        running.shutdown()
+        server.max_connections, server.farewell = 3, b"full"
+        with RunningServer(server) as again, again.connect() as third:
+            exchange(third)
+            assert refused_or_told(again) == b"full"
+            first.close()
+            gate = server._guard.gate
+            assert gate is not None
+            eventually(lambda: gate.active == 2)
+            with again.connect() as fourth:
+                exchange(fourth)
+        second.close()
+
+
+def test_connections_that_came_without_a_limit_are_counted_when_there_is_one(
+    server: Server,
+) -> None:
+    with RunningServer(server) as running, running.connect() as first:
+        exchange(first)
+        running.shutdown()
+        server.max_connections, server.when_full = 1, "refuse"
+        with RunningServer(server) as again:
+            assert refused_or_told(again) == b""
+            first.close()
+            gate = server._guard.gate
+            assert gate is not None
+            eventually(lambda: gate.active == 0)
+
+
+def test_a_connection_that_closes_while_it_is_counted_anew_keeps_no_place(server: Server) -> None:
+    server.max_connections = 5
+    guard = server._guard
+    guard.read_settings()
+    gate = guard.gate
+    assert gate is not None
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert guard.admit(ours, "peer") is None
+        connection = guard.note_closing(ours)
+        assert connection is not None
+        guard._take_place(gate, connection)
+        assert gate.active == 0
+        guard.note_closed(connection)
+        assert gate.active == 0
+
+
+def test_limits_in_time_that_change_hold_for_who_is_open(server: Server) -> None:
+    server.request_timeout = 3600.0
+    with RunningServer(server) as running, running.connect() as client:
+        exchange(client)
+        running.shutdown()
+        server.request_timeout = 0.05
+        with recorded(DeadlineExpired) as expired, RunningServer(server):
+            assert client.recv(1) == b""
+            eventually(lambda: expired)
+        assert len(expired) == 1
+
+
+def test_a_limit_that_is_taken_away_holds_for_nobody(server: Server) -> None:
+    server.request_timeout = 3600.0
+    with RunningServer(server) as running, running.connect() as client:
+        exchange(client)
+        running.shutdown()
+        before = server._guard.keeper
+        assert before is not None
+        server.request_timeout = None
+        with RunningServer(server):
+            assert server._guard.keeper is None
+            eventually(lambda: before._thread is None)
+            exchange(client)
+
+
+def test_a_pause_for_room_ends_with_the_rules_that_it_was_for(server: Server) -> None:
+    server.max_connections = 1
+    with RunningServer(server) as running, running.connect() as first, running.connect() as second:
+        exchange(first)
+        gate = server._guard.gate
+        assert gate is not None
+        second.sendall(b"hello\n")
+        eventually(lambda: gate._is_awaited)
+        running.shutdown()
+        server.max_connections = 2
+        with RunningServer(server):
+            assert second.recv(100) == b"hello\n"
+
+
+# --- places -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, ThreadPoolTCPServer, TCPServer])
+def test_a_program_that_takes_connections_away_gives_their_places_back(kind: Any) -> None:
+    """It overrides `process_request`, serves elsewhere, and closes without a word to the server."""
+    taken: list[Any] = []
+
+    class Taking(kind):  # type: ignore[misc]
+        max_connections = 1
+        when_full = "refuse"
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            del client_address
+            taken.append(request)
+
+    with RunningServer(Taking(LOOPBACK, BaseRequestHandler)) as running:
+        for _ in range(3):
+            with running.connect() as client:
+                eventually(lambda: taken)
+                request = taken.pop()
+                request.sendall(b"elsewhere")
+                request.close()
+                del request
+                assert goodbye(client) == b"elsewhere"
+            eventually(lambda: running.server._guard.gate.active == 0)
+        assert not len(running.server._guard.connections)
+
+
+def test_an_override_that_lets_in_whom_the_rules_refuse_is_obeyed_and_leaves_nothing() -> None:
+    class Lenient(Server):
+        denied_networks = ("127.0.0.0/8",)
+
+        def admit_request(self, request: Any, client_address: Any) -> bool:
+            super().admit_request(request, client_address)
+            return True
+
+    with RunningServer(Lenient(LOOPBACK, Echo)) as running:
+        with running.connect() as client:
+            exchange(client)
+        assert not running.server._guard.refusals
+
+
+def test_an_override_that_refuses_whom_the_rules_let_in_takes_no_place() -> None:
+    class Strict(Server):
+        max_connections = 1
+
+        def admit_request(self, request: Any, client_address: Any) -> bool:
+            super().admit_request(request, client_address)
+            return False
+
+    with recorded(ConnectionRefused) as refused, RunningServer(Strict(LOOPBACK, Echo)) as running:
+        for _ in range(3):
+            assert refused_or_told(running) == b""
+        gate = running.server._guard.gate
+        assert gate is not None
+        eventually(lambda: gate.active == 0)
+    assert [event.reason for event in refused] == [RefusalReason.NOT_ADMITTED] * 3
+
+
+def test_datagrams_keep_no_place_and_no_memory() -> None:
+    guard = Guard(None)
+    with TCPServer(LOOPBACK, Echo) as server:
+        server.max_connections = 1
+        guard = server._guard
+        guard.read_settings()
+        for _ in range(3):
+            assert guard.admit((b"datagram", None), ("192.0.2.1", 4000)) is None
+        assert not len(guard.connections)
+        assert guard.gate is not None
+        assert guard.gate.active == 0
+
+
+def test_handle_request_waits_for_a_place_and_serves_then() -> None:
+    class Taking(TCPServer):
+        max_connections = 1
+        taken: Any = None
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if self.taken is None:
+                self.taken = request
+            else:
+                super().process_request(request, client_address)
+
+    with Taking(LOOPBACK, Echo) as server:
+        server.timeout = 0.05
+        with (
+            socket.create_connection(server.server_address, PATIENCE) as first,
+            socket.create_connection(server.server_address, PATIENCE) as second,
+        ):
+            server.handle_request()
+            assert server.taken is not None
+            second.sendall(b"hello\n")
+            second.shutdown(socket.SHUT_WR)
+            timeouts: list[None] = []
+            server.handle_timeout = lambda: timeouts.append(None)  # type: ignore[method-assign]
+            server.handle_request()
+            assert timeouts == [None]
+            server.timeout = PATIENCE
+            server.shutdown_request(server.taken)
+            server.handle_request()
+            assert second.recv(100) == b"hello\n"
+            assert goodbye(first) == b""
+
+
+# --- children ---------------------------------------------------------------------------
+
+PROXY_LINE = b"PROXY TCP4 192.0.2.1 192.0.2.9 4000 80\r\n"
+
+
+def test_a_child_judges_whom_a_proxy_speaks_for() -> None:
+    """Nobody else knows its name: the acceptor has seen the proxy's."""
+
+    class Judging(ForkingTCPServer):
+        proxy_protocol = ("127.0.0.0/8",)
+        denied_networks = ("192.0.2.0/24",)
+        max_connections = 5
+
+    with RunningServer(Judging(LOOPBACK, Echo)) as running:
+        with running.connect() as client:
+            client.sendall(PROXY_LINE + b"hello\n")
+            assert goodbye(client) == b""
+        with running.connect() as client:
+            client.sendall(PROXY_LINE.replace(b"192.0.2.1 ", b"198.51.100.1 ") + b"hello\n")
+            assert client.recv(100) == b"hello\n"
+        gate = running.server._guard.gate
+        assert gate is not None
+        # The loop looks for children now and then, as `service_actions` says.
+        eventually(lambda: gate.active == 0)
+
+
+def test_a_process_that_was_forked_begins_without_the_connections_of_its_parent(
+    server: Server,
+) -> None:
+    server.max_connections, server.idle_timeout = 1, 60.0
+    guard = server._guard
+    guard.read_settings()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Journal() as journal:
+        assert guard.admit(ours, "peer") is None
+        parents = guard.gate
+
+        def look() -> None:
+            guard.read_settings()
+            assert guard.gate is not None
+            assert guard.gate is not parents
+            journal.note(f"{guard.open} {guard.gate.active}")
+
+        assert in_child(look) == 0
+        assert journal.entries() == ["0 0"]
+        assert guard.open == 1
+        assert os.getpid() == guard._process
+        guard.note_closing(ours)
+        assert guard.keeper is not None
+        guard.keeper.stop()
+
+
+# --- making room ------------------------------------------------------------------------
+
+SHEDDING = [ThreadingTCPServer, GreenTCPServer]
+
+
+@pytest.mark.parametrize("kind", SHEDDING)
+@pytest.mark.parametrize("idle", [0, 1])
+def test_who_has_been_idle_for_longest_makes_room_for_who_comes(kind: Any, idle: int) -> None:
+    attributes = {"max_connections": 2, "when_full": "shed"}
+    server = type("Server", (kind,), attributes)(LOOPBACK, Echo)
+    with (
+        recorded(ConnectionClosed) as closed,
+        RunningServer(server) as running,
+        running.connect() as first,
+        running.connect() as second,
+    ):
+        clients = first, second
+        for client in clients:
+            exchange(client)
+        threading.Event().wait(0.05)  # some ticks of the kernel's clock
+        exchange(clients[1 - idle])
+        with running.connect() as third:
+            exchange(third)
+            assert goodbye(clients[idle]) == b""
+            eventually(lambda: closed)
+            assert closed[0].reason is CloseReason.CUT
+            exchange(clients[1 - idle])
+
+
+def test_one_that_has_moved_since_it_was_found_idle_is_spared() -> None:
+    """One look finds several; each is looked at again when its turn comes."""
+    attributes = {"max_connections": 16, "when_full": "shed"}
+    server: Any = type("Server", (Server,), attributes)(LOOPBACK, Echo)
+    with RunningServer(server) as running, ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(16)]
+        for client in clients:
+            exchange(client)
+        guard = server._guard
+        found = guard._find_idle(monotonic())
+        assert len(found) == 3
+        threading.Event().wait(0.05)
+        guard._idle = list(found)
+        by_port = {client.getsockname()[1]: client for client in clients}
+        longest, next_one = (by_port[entry[1].client_address[1]] for entry in found[:0:-1])
+        exchange(longest)
+        threading.Event().wait(0.03)
+        guard.shed()
+        assert goodbye(next_one) == b""
+        exchange(longest)
+
+
+def test_where_the_kernel_does_not_tell_the_oldest_makes_room(tmp_path: Path) -> None:
+    attributes = {"max_connections": 2, "when_full": "shed"}
+    kind: Any = type("Server", (ThreadingUnixStreamServer,), attributes)
+    with (
+        RunningServer(kind(str(tmp_path / "socket"), Echo)) as running,
+        running.connect() as first,
+        running.connect() as second,
+        running.connect() as third,
+    ):
+        exchange(third)
+        assert goodbye(first) == b""
+        exchange(second)
+
+
+def test_nobody_can_be_shed_where_nobody_is_known() -> None:
+    with Server(LOOPBACK, Echo) as server:
+        server._guard.shed()
+        assert not server._guard._idle
+
+
+# --- whom a proxy speaks for ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, GreenTCPServer, ThreadPoolTCPServer])
+def test_the_places_of_whom_a_proxy_speaks_for_are_given_back(kind: Any) -> None:
+    attributes = {"proxy_protocol": ("127.0.0.0/8",), "max_connections_per_peer": 1}
+    with RunningServer(type("Server", (kind,), attributes)(LOOPBACK, Echo)) as running:
+        gate = running.server._guard.gate
+        for _ in range(2):
+            with recorded(ConnectionRefused) as refused:
+                with running.connect() as first, running.connect() as second:
+                    exchange_behind_proxy(first)
+                    second.sendall(PROXY_LINE)
+                    assert goodbye(second) == b""
+                eventually(lambda: gate.active == 0)
+            (event,) = refused
+            assert event.peer == ("192.0.2.1", 4000)
+            assert event.reason is RefusalReason.TOO_MANY_OF_PEER
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, TCPServer])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_program_is_asked_about_whom_a_proxy_speaks_for(kind: Any, raises: bool) -> None:
+    asked: list[Any] = []
+
+    class Asking(kind):  # type: ignore[misc]
+        proxy_protocol = ("127.0.0.0/8",)
+        max_connections = 5
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            asked.append(client_address)
+            if raises:
+                raise ValueError("on purpose")
+            return False
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            asked.append("error")
+
+    with RunningServer(Asking(LOOPBACK, Echo)) as running:
+        with running.connect() as client:
+            client.sendall(PROXY_LINE)
+            assert goodbye(client) == b""
+        guard = running.server._guard
+        eventually(lambda: guard.gate.active == 0 and not guard.open)
+    assert asked == [("192.0.2.1", 4000), "error"][: 1 + raises]
+
+
+def exchange_behind_proxy(client: socket.socket) -> None:
+    client.sendall(PROXY_LINE + b"hello\n")
+    assert client.recv(100) == b"hello\n"
+
+
+def test_rules_that_change_count_whom_a_proxy_speaks_for() -> None:
+    server: Any = type("Server", (Server,), {"proxy_protocol": ("127.0.0.0/8",)})(LOOPBACK, Echo)
+    server.max_connections_per_peer = 5
+    with RunningServer(server) as running, running.connect() as first:
+        exchange_behind_proxy(first)
+        running.shutdown()
+        server.max_connections_per_peer = 1
+        with RunningServer(server) as again, again.connect() as second:
+            second.sendall(PROXY_LINE)
+            assert goodbye(second) == b""
+            exchange(first)
