@@ -58,18 +58,28 @@ class Drain:
         self._connections = connections
         self._of_children = of_children
         self._waits_to_read = waits_to_read
-        self._spared = spared
-        self._lock = Lock()  # guards _tally
+        self._spared = set() if spared is None else {spared}
+        self._lock = Lock()  # guards _tally, _spared
         self._tally = DrainTally(now)
         self._idle: set[Connection] = set()
         self._changed = Event()
         self.is_over = Event()
         """Set when there is a report."""
 
+    def spare(self, connection: Connection) -> None:
+        """Do not wait for a connection whose handler waits for this drain.
+
+        Callable from any thread.
+        """
+        with self._lock:
+            self._spared.add(connection)
+            self._tally.forget(connection)
+        self._changed.set()
+
     def note_end(self, connection: Connection) -> None:
         """Count a connection that ends: whose socket is closed next.  Callable from any thread."""
         with self._lock:
-            if connection is not self._spared and not connection.has_ended:
+            if connection not in self._spared and not connection.has_ended:
                 connection.has_ended = True
                 # One that came and went between two looks is counted here.
                 self._tally.add(connection, connection.accepted)
@@ -106,7 +116,7 @@ class Drain:
         for connection in tuple(self._of_children.values()):
             self._add(connection)  # whether it is idle, only the child could say
         for connection in self._connections:
-            if connection is self._spared:
+            if connection in self._spared:
                 continue
             self._add(connection)
             if connection in self._idle:
@@ -124,7 +134,7 @@ class Drain:
     def _add(self, connection: Connection) -> None:
         """Count a connection that is open; not one that ended while it was looked at."""
         with self._lock:
-            if not connection.has_ended:
+            if not connection.has_ended and connection not in self._spared:
                 self._tally.add(connection, connection.accepted)
 
     def _close_rest(self) -> None:
@@ -135,7 +145,7 @@ class Drain:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
         for connection in self._connections:
-            if connection is not self._spared:
+            if connection not in self._spared:
                 self._add(connection)
                 with self._lock:
                     self._tally.mark_forced(connection)

@@ -229,6 +229,16 @@ class Guard:
         )
         return self.drain
 
+    def spare(self, request: Request | None) -> None:
+        """Have the drain not wait for a handler that waits for it.
+
+        Args:
+            request: That of the handler; ``None`` if it is none.
+        """
+        mine = None if request is None else self.connections.get(request)
+        if mine is not None and self.drain is not None:
+            self.drain.spare(mine)
+
     def close(self) -> None:
         """Release what only a server needs that accepts."""
         if self.keeper is not None:

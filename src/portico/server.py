@@ -280,6 +280,7 @@ class BaseServer:
             if drain is None:
                 drain = self._guard.begin_drain(limit, self._request_here())
         if not is_first:
+            self._guard.spare(self._request_here())
             self._wait_event(drain.is_over, None)
             return self.drain_report
         try:
