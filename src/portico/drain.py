@@ -97,14 +97,21 @@ class Drain:
             wait(self._changed, min(LOOK_INTERVAL, remaining))
         if self._open():
             self._close_rest()
-            patience = monotonic() + LAST_WORDS
-            while self._open() and (remaining := patience - monotonic()) > 0:
-                self._changed.clear()
-                if self._open():
-                    wait(self._changed, remaining)
+            self._wait_ended(wait)
+            if self._of_children:  # whose own signal handlers let them go on
+                self._signal_children(signal.SIGKILL)
+                self._wait_ended(wait)
         self.stragglers = self._open()
         with self._lock:
             return self._tally.report(monotonic())
+
+    def _wait_ended(self, wait: Callable[[Event, float], object]) -> None:
+        """Give handlers whose connections were closed the time to end."""
+        patience = monotonic() + LAST_WORDS
+        while self._open() and (remaining := patience - monotonic()) > 0:
+            self._changed.clear()
+            if self._open():
+                wait(self._changed, remaining)
 
     def _open(self) -> int:
         with self._lock:
@@ -138,15 +145,19 @@ class Drain:
                 self._tally.add(connection, connection.accepted)
 
     def _close_rest(self) -> None:
-        for process, connection in tuple(self._of_children.items()):
+        for connection in tuple(self._of_children.values()):
             self._add(connection)
             with self._lock:
                 self._tally.mark_forced(connection)
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
+        self._signal_children(signal.SIGTERM)
         for connection in self._connections:
             if connection not in self._spared:
                 self._add(connection)
                 with self._lock:
                     self._tally.mark_forced(connection)
                 self._connections.interrupt(connection)
+
+    def _signal_children(self, number: signal.Signals) -> None:
+        for process in tuple(self._of_children):
+            with suppress(ProcessLookupError):
+                os.kill(process, number)

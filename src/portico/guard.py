@@ -59,6 +59,8 @@ class Guard:
         """What ends connections whose time is over; ``None`` if there is no limit."""
         self.drain: Drain | None = None
         """The drain under way, or the last one."""
+        self.is_in_child = False
+        """Whether this process was forked to serve one connection."""
         self.of_children: dict[int, Connection] = {}
         """Connections that child processes serve, by the process."""
         self.refusals: dict[int, RefusalReason] = {}
@@ -247,6 +249,7 @@ class Guard:
     def enter_child(self, request: Request) -> None:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
+        self.is_in_child = True
         self.connections = Connections(self._note_lost)
         self.gate = self.keeper = self.drain = self._settings = None
         self.of_children = {}

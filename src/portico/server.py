@@ -253,14 +253,14 @@ class BaseServer:
         Callable from any thread, and more than once: later calls join the first.  From a handler it
         waits for all connections but the handler's own.  In the thread that serves (a signal
         handler, a handler of the serial engine) it returns at once, and `serve_forever` drains
-        before it returns.
+        before it returns.  In a forked child it only sets `draining`: the rest is its parent's.
 
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
                 and if that is ``None``, too, without limit.
 
         Returns:
-            What became of the connections; ``None`` in the thread that serves.
+            What became of the connections; ``None`` in the thread that serves, and in a child.
 
         Raises:
             PhaseError: The server never served.
@@ -268,6 +268,9 @@ class BaseServer:
         """
         check_timeout("timeout", timeout)
         limit = self.drain_timeout if timeout is None else timeout
+        if self._guard.is_in_child:  # the parent accepts, and waits for this process
+            self.draining.set()
+            return None
         with self.__lock:
             if not self.__has_served:
                 raise PhaseError("created", "draining", "serving or stopped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import selectors
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import cycle
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
@@ -189,8 +191,9 @@ def running(engine: str) -> RunningServer[LineServer]:
 
 @pytest.mark.parametrize("engine", [*CONCURRENT, "serial"])
 def test_a_handler_that_drains_its_server_answers_its_client(engine: str) -> None:
-    """Its own connection is no reason for it to wait; where it runs in the thread that serves, it
-    goes on at once, and the loop drains before it returns.
+    """Its own connection is no reason for it to wait.
+
+    Where it runs in the thread that serves, it goes on at once, and the loop drains afterwards.
     """
     with nothing_left_behind(), running(engine) as echo:
         with ExitStack() as stack:
@@ -311,7 +314,7 @@ class Echo(portico.BaseRequestHandler):
 engine = sys.argv[1]
 server_class = type("Server", (*ENGINES[engine], portico.TCPServer), {})
 with server_class(("127.0.0.1", 0), Echo) as server:
-    signal.signal(signal.SIGTERM, lambda *_: server.drain(30))
+    signal.signal(signal.SIGTERM, lambda *_: server.drain(float(sys.argv[2])))
     print(server.server_address[1], flush=True)
     server.serve_forever()
     print(server.drain_report.forced, flush=True)
@@ -321,7 +324,7 @@ with server_class(("127.0.0.1", 0), Echo) as server:
 @pytest.mark.parametrize("engine", [*CONCURRENT, "serial", "forks"])
 def test_a_signal_handler_in_the_main_thread_may_drain(engine: str) -> None:
     """Where that is the thread that serves, the loop does it when the signal handler is over."""
-    with running_program(SIGNALLED, engine) as process:
+    with running_program(SIGNALLED, engine, "30") as process:
         assert process.stdout is not None
         address = ("127.0.0.1", int(process.stdout.readline()))
         with socket.create_connection(address, PATIENCE) as client:
@@ -352,6 +355,31 @@ def test_forked_children_finish_or_are_killed_at_the_deadline() -> None:
         assert [goodbye(client) for client in clients[3:]] == [b""] * 3
         assert report is not None
         assert (report.connections, report.finished, report.forced) == (6, 3, 3)
+
+
+def test_forked_children_that_drain_on_the_same_signal_do_not_outlive_the_deadline() -> None:
+    """They have the parent's signal handler, and accept nobody from the listener they inherit.
+
+    A service manager sends the signal to parent and children at once; so may the drain itself.
+    """
+    with running_program(SIGNALLED, "forks", "1") as process:
+        assert process.stdout is not None
+        address = ("127.0.0.1", int(process.stdout.readline()))
+        with socket.create_connection(address, PATIENCE) as client:
+            client.sendall(b"hello\n")
+            assert client.recv(64) == b"hello\n"
+            (child,) = _children_of(process.pid)
+            os.kill(child, signal.SIGTERM)
+            client.sendall(b"still here\n")
+            assert client.recv(64) == b"still here\n"
+            process.send_signal(signal.SIGTERM)
+            assert goodbye(client) == b""
+        output, errors = process.communicate(timeout=PATIENCE)
+        assert (output, errors, process.returncode) == ("1\n", "", 0)
+
+
+def _children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 # --- beside it, the standard library ----------------------------------------------------
