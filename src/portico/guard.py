@@ -137,6 +137,12 @@ class Guard:
             self.keeper.wake()
         return connection
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a client has to wait until a place is free."""
+        gate = self.gate
+        return gate is not None and gate.when_full is not WhenFull.REFUSE and gate.is_full
+
     def await_room(self) -> int | None:
         """Make room for a client, or have it wait; ``None`` if it may come in.
 

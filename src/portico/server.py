@@ -62,12 +62,20 @@ from portico.events import (
 )
 from portico.guard import Guard, check_timeout
 from portico.lifecycle import DrainReport
+from portico.traffic import connections_waiting
 from portico.waits import thread_waits_in_read
 
 MOST_AT_THE_END: Final = 65_536
 """Connections, or datagrams, that a drain still takes: more than a backlog holds.
 
-A flood that goes on must not keep it from its end.
+A flood that goes on must not keep it from its end.  Of TCP connections the kernel says how many
+wait when the drain begins, and those are taken.
+"""
+
+ON_THEIR_WAY: Final = 64
+"""Connections that a drain takes beyond those that wait when it begins.
+
+A client may know before our side of the kernel that its connection is complete.
 """
 
 UNDER_WAY_INTERVAL: Final = 0.01
@@ -152,6 +160,7 @@ class BaseServer:
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
     __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop begins
+    __drainer = 0, 0  # the process and the thread that drain
     __has_served = False
     _guard = Guard(None)
     _exhaustion: Exhaustion | None = None
@@ -260,7 +269,8 @@ class BaseServer:
                 and if that is ``None``, too, without limit.
 
         Returns:
-            What became of the connections; ``None`` in the thread that serves, and in a child.
+            What became of the connections; ``None`` in the thread that serves or is draining
+            already, and in a child.
 
         Raises:
             PhaseError: The server never served.
@@ -282,7 +292,10 @@ class BaseServer:
             drain, is_first = self._guard.drain, self._guard.drain is None
             if drain is None:
                 drain = self._guard.begin_drain(limit, self._request_here())
+                self.__drainer = here
         if not is_first:
+            if self.__drainer == here and not drain.is_over.is_set():
+                return None  # a signal handler, in the middle of the drain that would be waited for
             self._guard.spare(self._request_here())
             self._wait_event(drain.is_over, None)
             return self.drain_report
@@ -703,13 +716,16 @@ class BaseServer:
         if not is_open(self) or not is_listening(self):
             return
         with Acceptor(self) as acceptor:
-            left = MOST_AT_THE_END
+            waiting = connections_waiting(self.__dict__.get("socket"))
+            left = MOST_AT_THE_END if waiting is None else waiting + ON_THEIR_WAY
             while left and (remaining := deadline - time()) > 0:
                 if self.__pause is not None:
                     self.__wait(acceptor, None if remaining == inf else remaining)
                 elif acceptor.wait(0):
+                    is_full = self._guard.is_full
                     self._handle_request_noblock()
-                    left -= 1
+                    if not is_full and self._exhaustion is None:  # or nobody was taken
+                        left -= 1
                 else:
                     break
 

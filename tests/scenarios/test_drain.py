@@ -306,10 +306,10 @@ import os, signal, socket, sys, threading
 import portico
 from tests.scenarios.served import ENGINES
 
-class Echo(portico.BaseRequestHandler):
+class Echo(portico.StreamRequestHandler):
     def handle(self):
-        while line := self.request.recv(64):
-            self.request.sendall(line)
+        for line in self.rfile:
+            self.wfile.write(line)
 
 engine = sys.argv[1]
 server_class = type("Server", (*ENGINES[engine], portico.TCPServer), {})
@@ -336,6 +336,32 @@ def test_a_signal_handler_in_the_main_thread_may_drain(engine: str) -> None:
             assert received(client) == b""
         output, errors = process.communicate(timeout=PATIENCE)
         assert (output, errors, process.returncode) == ("0\n", "", 0)
+
+
+@pytest.mark.parametrize("engine", CONCURRENT)
+def test_a_second_signal_does_not_wait_for_the_drain_that_it_interrupts(engine: str) -> None:
+    """It comes in the middle of that drain, in the same thread."""
+    with running_program(SIGNALLED, engine, "30") as process:
+        assert process.stdout is not None
+        address = ("127.0.0.1", int(process.stdout.readline()))
+        with socket.create_connection(address, PATIENCE) as client:
+            client.sendall(b"hello\nhel")
+            assert client.recv(64) == b"hello\n"
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: _is_refused(address), "it drains")
+            process.send_signal(signal.SIGTERM)
+            client.sendall(b"lo\n")
+            assert received(client) == b"hello\n"
+        output, errors = process.communicate(timeout=PATIENCE)
+        assert (output, errors, process.returncode) == ("0\n", "", 0)
+
+
+def _is_refused(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, PATIENCE).close()
+    except (ConnectionRefusedError, ConnectionResetError):
+        return True
+    return False
 
 
 def test_forked_children_finish_or_are_killed_at_the_deadline() -> None:
