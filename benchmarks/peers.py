@@ -39,7 +39,9 @@ class Peer:
 
 @cache
 def _expect_import(python: str, statement: str) -> None:
-    done = subprocess.run([python, "-c", statement], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-c", statement], capture_output=True, text=True, cwd=HERE.parent, check=False
+    )
     if done.returncode != 0:
         raise MissingModule(done.stderr.strip().splitlines()[-1])
 

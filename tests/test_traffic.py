@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -505,3 +506,25 @@ def test_activity_does_not_replace_what_the_kernel_says(traffic: Traffic) -> Non
 def test_where_nobody_knows_of_activity_nothing_is_known() -> None:
     traffic = Traffic(unread=0, unsent=0)
     assert with_activity(traffic, None) is traffic
+
+
+# --- the backlog ------------------------------------------------------------------------
+
+
+def test_a_listener_tells_how_many_connections_wait() -> None:
+    """They are complete, and nobody has accepted them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        assert traffic.connections_waiting(listener) == 0
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+        assert traffic.connections_waiting(listener) == 3
+        listener.accept()[0].close()
+        assert traffic.connections_waiting(listener) == 2
+
+
+def test_of_other_sockets_nobody_knows_how_many_wait() -> None:
+    """A Unix listener has a backlog, and does not tell; a datagram socket has none."""
+    with socket.socket(socket.AF_UNIX) as unix, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+        assert traffic.connections_waiting(unix) is None
+        assert traffic.connections_waiting(datagrams) is None
+    assert traffic.connections_waiting(None) is None

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def echo_handler(module: ModuleType) -> type:
@@ -60,6 +61,7 @@ HANDLERS = {
 
 
 def main(server: str, role: str) -> None:
+    sys.path.append(str(ROOT))  # for benchmarks.protected
     module_name, _, class_name = server.partition(":")
     module = importlib.import_module(module_name)
     base = getattr(module, class_name)

@@ -105,7 +105,7 @@ class Admission:
         self._limit = _limit(rules.max_connections)
         self._peer_limit = _limit(rules.max_connections_per_peer)
         self._of_peer: dict[_Peer, int] = {}  # only peers that have a connection open
-        self._known: dict[object, _Verdict] = {}
+        self._known: dict[object, _Verdict] = {}  # by the host of an address, never a single sign
         self._allowed = (
             None
             if rules.allowed_networks is None
@@ -130,6 +130,11 @@ class Admission:
         """Whether `max_connections` are open."""
         return self.active >= self._limit
 
+    @property
+    def free(self) -> int:
+        """How many more may be open."""
+        return self._limit - self.active
+
     def decide(self, client_address: Any, now: float) -> RefusalReason | None:
         """Admit and count a connection, or say why not.
 
@@ -144,10 +149,14 @@ class Admission:
             ``None``: it is in and takes a place until `leave`.  Otherwise the reason, and
             nothing has changed.
         """
+        # Every connection comes through here: what is not a call costs half of what one does.
         peer = None
         count = 0
         if self._knows_peers:
-            refusal, peer = self._verdict(client_address)
+            try:
+                refusal, peer = self._known[client_address[0]]
+            except (LookupError, TypeError):  # the first of its host, or of a shape without one
+                refusal, peer = self._look_at(client_address)
             if refusal is not None:
                 return refusal
             if peer is not None:
@@ -174,7 +183,7 @@ class Admission:
             client_address: As for `decide`.
         """
         if self._counts_peers:
-            _, peer = self._verdict(client_address)
+            _, peer = self._look_at(client_address)
             if peer is not None:
                 self._of_peer[peer] = self._of_peer.get(peer, 0) + 1
         self.active += 1
@@ -187,25 +196,18 @@ class Admission:
         """
         assert self.active, "nobody leaves who was not admitted"
         if self._counts_peers:
-            _, peer = self._verdict(client_address)
+            try:
+                _, peer = self._known[client_address[0]]
+            except (LookupError, TypeError):  # its host was forgotten, or it has none
+                _, peer = self._look_at(client_address)
             if peer is not None:
-                self._leave_peer(peer)
+                count = self._of_peer.get(peer, 0)
+                assert count, "no peer leaves more often than it was admitted"
+                if count == 1:
+                    del self._of_peer[peer]
+                else:
+                    self._of_peer[peer] = count - 1
         self.active -= 1
-
-    def _leave_peer(self, peer: _Peer) -> None:
-        count = self._of_peer.get(peer, 0)
-        assert count, "no peer leaves more often than it was admitted"
-        if count == 1:
-            del self._of_peer[peer]
-        else:
-            self._of_peer[peer] = count - 1
-
-    def _verdict(self, client_address: Any) -> _Verdict:
-        """Return why a peer may not come, if so, and as whom it counts, if it does."""
-        known: _Verdict | None = None
-        if isinstance(client_address, tuple) and client_address:
-            known = self._known.get(client_address[0])  # pyright: ignore[reportUnknownArgumentType]
-        return known or self._look_at(client_address)
 
     def _look_at(self, client_address: Any) -> _Verdict:
         """Judge a peer, and remember the verdict of its host."""

@@ -62,7 +62,7 @@ class Drain:
         self._of_children = of_children
         self._waits_to_read = waits_to_read
         self._spared: set[Connection] = set() if spared is None else {spared}
-        self._lock = Lock()  # guards _tally
+        self._lock = Lock()  # guards _tally, _spared
         self._tally = DrainTally(now)
         self._lost: deque[tuple[Connection, float]] = deque()  # that have ended at this instant
         self._idle: set[Connection] = set()
@@ -160,7 +160,7 @@ class Drain:
     def _add(self, connection: Connection) -> None:
         """Count a connection that is open; not one that ended while it was looked at."""
         with self._lock:
-            if not connection.has_ended:
+            if not connection.has_ended and connection not in self._spared:
                 self._tally.add(connection, connection.accepted)
 
     def _close_rest(self) -> int:

@@ -60,6 +60,8 @@ class Guard:
         """What ends connections whose time is over; ``None`` if there is no limit."""
         self.drain: Drain | None = None
         """The drain under way, or the last one."""
+        self.is_in_child = False
+        """Whether this process was forked to serve one connection."""
         self.of_children: dict[int, Connection] = {}
         """Connections that child processes serve, by the process."""
         self.refusals: dict[int, RefusalReason] = {}
@@ -178,6 +180,12 @@ class Guard:
         if self.keeper is not None and self.keeper.is_asleep:
             self.keeper.wake()
         return connection
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a client has to wait until a place is free."""
+        gate = self.gate
+        return gate is not None and gate.when_full is not WhenFull.REFUSE and gate.is_full
 
     def await_room(self) -> int | None:
         """Say whether a client has to wait for a place; ``None`` if it may come in.
@@ -306,6 +314,7 @@ class Guard:
     def enter_child(self, request: Request) -> None:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
+        self.is_in_child = True
         self._leave_parent()
         self.read_settings()
         if connection is not None:

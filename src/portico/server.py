@@ -63,6 +63,7 @@ from portico.events import (
 )
 from portico.guard import Guard, check_timeout
 from portico.lifecycle import DrainReport, Phase, move
+from portico.traffic import connections_waiting
 from portico.waits import thread_activity, thread_waits_in_read
 
 if TYPE_CHECKING:
@@ -71,7 +72,14 @@ if TYPE_CHECKING:
 MOST_AT_THE_END: Final = 65_536
 """Connections, or datagrams, that a drain still takes: more than a backlog holds.
 
-A flood that goes on must not keep it from its end.
+A flood that goes on must not keep it from its end.  Of TCP connections the kernel says how many
+wait when the drain begins, and those are taken.
+"""
+
+ON_THEIR_WAY: Final = 64
+"""Connections that a drain takes beyond those that wait when it begins.
+
+A client may know before our side of the kernel that its connection is complete.
 """
 
 UNDER_WAY_INTERVAL: Final = 0.01
@@ -163,6 +171,7 @@ class BaseServer:
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
     __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop begins
+    __drainer = 0, 0  # the process and the thread that drain
     __phase = Phase.CREATED
     _guard = Guard(None)
     _exhaustion: Exhaustion | None = None
@@ -268,14 +277,16 @@ class BaseServer:
         Callable from any thread, and more than once: later calls join the first.  From a handler it
         waits for all connections but those of handlers that do the same.  In the thread that serves
         (a signal handler, a handler of the serial or the green engine) it returns at once, and
-        `serve_forever` drains before it returns.
+        `serve_forever` drains before it returns.  In a forked child it only sets `draining`: the
+        rest is its parent's.
 
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
                 and if that is ``None``, too, without limit.
 
         Returns:
-            What became of the connections; ``None`` in the thread that serves.
+            What became of the connections; ``None`` in the thread that serves or is draining
+            already, and in a child.
 
         Raises:
             PhaseError: The server never served, or was closed without a drain.
@@ -283,7 +294,11 @@ class BaseServer:
         """
         check_timeout("timeout", timeout)
         limit = self.drain_timeout if timeout is None else timeout
+        if self._guard.is_in_child:  # the parent accepts, and waits for this process
+            self.draining.set()
+            return None
         with self.__lock:
+            here = os.getpid(), threading.get_ident()
             if self._guard.drain is None and self.__drain_wish is None:
                 move(self.__phase, Phase.DRAINING)  # may it?
             if self.__serves_here:
@@ -293,12 +308,19 @@ class BaseServer:
             drain, is_first = self._guard.drain, self._guard.drain is None
             if drain is None:
                 drain = self._guard.begin_drain(limit, self._request_here())
+                self.__drainer = here
                 if self.__phase is not Phase.CLOSED:  # since it was wished for
                     self.__phase = move(self.__phase, Phase.DRAINING)
-        if not is_first:
-            self._guard.spare(self._request_here())
-            self._wait_event(drain.is_over, None)
-            return self.drain_report
+        if is_first:
+            return self.__carry_out(drain, limit)
+        if self.__drainer == here and not drain.is_over.is_set():
+            return None  # a signal handler, in the middle of the drain that would be waited for
+        self._guard.spare(self._request_here())
+        self._wait_event(drain.is_over, None)
+        return self.drain_report
+
+    def __carry_out(self, drain: Drain, limit: float | None) -> DrainReport:
+        """Do what `drain` says, in the thread that asked for it first."""
         try:
             self.draining.set()
             self.shutdown()
@@ -308,14 +330,14 @@ class BaseServer:
             if self._replies_by_listener:
                 self.__await_requests(drain)
             self._close_listener()
-            self.drain_report = drain.run(self._wait_event)
+            report = self.drain_report = drain.run(self._wait_event)
         finally:
             with self.__lock:
                 self.__phase = move(self.__phase, Phase.CLOSED)
             drain.is_over.set()
         if Drained.subscribers:
-            emit(Drained(self, self.drain_report))
-        return self.drain_report
+            emit(Drained(self, report))
+        return report
 
     def service_actions(self) -> None:
         """Do what the program wants done now and then; for subclasses.
@@ -754,15 +776,18 @@ class BaseServer:
         if not is_open(self) or not is_listening(self):
             return
         with Acceptor(self) as acceptor:
-            left = MOST_AT_THE_END
+            waiting = connections_waiting(self.__dict__.get("socket"))
+            left = MOST_AT_THE_END if waiting is None else waiting + ON_THEIR_WAY
             while left and time() < drain.deadline:
                 if self.__pause is not None:
                     drain.look()  # who is idle makes room
                     self._wait_event(_NEVER, UNDER_WAY_INTERVAL)
                     self.__wait(acceptor, 0)
                 elif acceptor.wait(0):
+                    is_full = self._guard.is_full
                     self._handle_request_noblock()
-                    left -= 1
+                    if not is_full and self._exhaustion is None:  # or nobody was taken
+                        left -= 1
                 else:
                     break
 

@@ -38,6 +38,8 @@ TIMES: Final = Struct("=44x I 4x I")
 """tcpi_last_data_sent, tcpi_last_data_recv."""
 RECEIVED: Final = Struct("=128x Q")
 """tcpi_bytes_received."""
+WAITING: Final = Struct("=24x I")
+"""tcpi_unacked, which of a listener is the length of its backlog."""
 BASIC: Final = Struct(f"{TIMES.format} 12x I 28x I")
 """And tcpi_rtt, tcpi_total_retrans.  Every Linux has these."""
 COUNTED: Final = Struct(f"{BASIC.format} 16x Q Q")
@@ -198,6 +200,22 @@ def bytes_received(sock: Any) -> int | None:
         return None
     count: int
     (count,) = RECEIVED.unpack_from(info)
+    return count
+
+
+def connections_waiting(listener: Any) -> int | None:
+    """Say how many connections the kernel has completed and holds in the backlog of a listener.
+
+    Callable from any thread.
+
+    Returns:
+        ``None`` where the system does not tell.
+    """
+    info = _tcp_info(listener, WAITING.size)
+    if len(info) < WAITING.size:
+        return None
+    count: int
+    (count,) = WAITING.unpack_from(info)
     return count
 
 

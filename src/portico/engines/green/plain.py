@@ -112,10 +112,10 @@ class PlainPath:
         accept, requests = lineage.accept, self._crew.requests
         by_request, gate = guard.connections.by_request, guard.gate
         before = len(requests)
+        if gate is not None:  # what to do when it is full is for the step
+            most = min(most, gate.free)  # nobody else admits meanwhile
         try:
             for _ in range(most):
-                if gate is not None and gate.is_full:  # what to do then is for the step
-                    break
                 request, client_address = accept()
                 connection = Connection(request, client_address)
                 if gate is not None:
