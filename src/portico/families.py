@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import ClientAddress, Request
 from portico.events import DatagramCut, ListenerBound, emit
+from portico.lobby import Lobby
 from portico.server import BaseServer
 
 if TYPE_CHECKING:
@@ -170,6 +171,15 @@ class TCPServer(BaseServer):
 
             known = self.__dict__["_known_preamble"] = Preamble(*settings)
         return known
+
+    def _make_lobby(self) -> Lobby | None:
+        if not self._keeps_lobby or self._preamble() is None:
+            return None
+        return Lobby(self.handshake_timeout)
+
+    def _begins_with_peer(self, request: Request, client_address: ClientAddress) -> bool:
+        preamble = self._preamble()
+        return preamble is not None and preamble.begins_with_peer(request, client_address)
 
     def _close_listener(self) -> None:
         self.socket.close()

@@ -23,6 +23,7 @@ from portico.traffic import idle_seconds
 if TYPE_CHECKING:
     from portico.connection import ClientAddress, Request
     from portico.events import RefusalReason
+    from portico.lobby import Lobby
 
 ADMISSION: Final = (
     "max_connections",
@@ -61,6 +62,8 @@ class Guard:
         """The drain under way, or the last one."""
         self.of_children: dict[int, Connection] = {}
         """Connections that child processes serve, by the process."""
+        self.lobby: Lobby | None = None
+        """Where connections wait for their peers' first word; ``None`` where they do not."""
         self.refusals: dict[int, RefusalReason] = {}
         """Why a request was not admitted, by its ``id``, until that is told."""
         self._server = server
@@ -238,7 +241,9 @@ class Guard:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
         self.connections = Connections(self._note_lost)
-        self.gate = self.keeper = self.drain = self._settings = None
+        if self.lobby is not None:
+            self.lobby.abandon()
+        self.gate = self.keeper = self.drain = self.lobby = self._settings = None
         self.of_children = {}
         self.read_settings()  # a timekeeper of this process's own
         self.gate = None  # it is the parent that counts
