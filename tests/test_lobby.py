@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from portico import ForkingMixIn, StreamRequestHandler, TCPServer, ThreadPoolMixIn
+from portico import (
+    CertificateError,
+    ForkingMixIn,
+    GreenMixIn,
+    StreamRequestHandler,
+    TCPServer,
+    ThreadPoolMixIn,
+)
 from portico.events import CloseReason, ConnectionClosed, Deadline, DeadlineExpired
 from portico.lobby import Guest, Lobby
 from tests.support import (
@@ -281,6 +288,14 @@ def test_a_full_pool_leaves_the_others_where_they_are() -> None:
             assert kept_by(server) == 2
             release.set()
             journal.wait_for("served", times=3)
+
+
+@pytest.mark.parametrize("mix_ins", [(), (ThreadPoolMixIn,), (GreenMixIn,)])
+def test_a_wrong_setting_fails_when_the_server_begins(mix_ins: tuple[type, ...]) -> None:
+    """One that was made after the server was, too."""
+    with make(*mix_ins) as server:
+        server.ssl_context = "no such file", "nor this one"
+        assert isinstance(Call(server.serve_forever).failure(), CertificateError)
 
 
 def test_the_time_in_the_lobby_counts(authority: Authority) -> None:

@@ -173,9 +173,9 @@ class TCPServer(BaseServer):
         return known
 
     def _make_lobby(self) -> Lobby | None:
-        if not self._keeps_lobby or self._preamble() is None:
-            return None
-        return Lobby(self.handshake_timeout)
+        # On every engine, so that a wrong setting fails here and not at each connection.
+        has_preamble = self._preamble() is not None
+        return Lobby(self.handshake_timeout) if has_preamble and self._keeps_lobby else None
 
     def _begins_with_peer(self, request: Request, client_address: ClientAddress) -> bool:
         preamble = self._preamble()
@@ -192,8 +192,8 @@ class TCPServer(BaseServer):
         """Accept one connection.
 
         Returns:
-            Its socket, and the address of the client.  From a TLS listener it is a bare socket:
-            hands are shaken in the worker, where one silent client does not stop all others.
+            Its socket, and the address of the client.  From a TLS listener it is a bare socket,
+            because hands are shaken in the worker, where one silent client stops nobody else.
 
         Raises:
             OSError: As accept(2); the serving loop knows what each one asks for.

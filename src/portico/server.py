@@ -556,11 +556,11 @@ class BaseServer:
                     f"{type(self).__name__} does not listen: call server_bind() and "
                     "server_activate() before serve_forever()"
                 )
-            acceptor = self._make_acceptor()
-            self.__acceptors += (acceptor,)
             lobby = self._guard.lobby
             if lobby is None:
                 lobby = self._guard.lobby = self._make_lobby()
+            acceptor = self._make_acceptor()
+            self.__acceptors += (acceptor,)
             if lobby is not None:
                 acceptor.watch(lobby)
         if ServerStarted.subscribers:
