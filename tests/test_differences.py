@@ -13,16 +13,19 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import portico
-from tests.tls import Authority
+
+if TYPE_CHECKING:
+    from tests.tls import Authority
 
 BOUND = 30.0
 """Seconds until a wait for portico counts as endless."""
@@ -587,6 +590,84 @@ def test_a_failed_handshake_is_told_and_stops_nobody(
     assert is_closed
     assert [event.stage for event in failed] == ["TLS handshake", "TLS handshake"]
     assert capfd.readouterr().err == ""
+
+
+# --- TLS --------------------------------------------------------------------------------
+
+
+def wrapped(module: Any, handler: Any, authority: Authority) -> Any:
+    """Make a server whose listener speaks TLS, as programs do."""
+    pair = authority.issue()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    server = module.ThreadingTCPServer(("127.0.0.1", 0), handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return server
+
+
+def greet(request: Any, client_address: object, server: object) -> None:
+    request.sendall(b"hello\n")
+    request.recv(1)
+
+
+def greeted(server: Any, authority: Authority, seconds: float) -> float:
+    """Return the seconds from the end of the handshake to the server's greeting."""
+    plain = socket.create_connection(server.server_address, seconds)
+    with plain, authority.client().wrap_socket(plain, server_hostname="localhost") as client:
+        began = time.perf_counter()
+        assert client.recv(64) == b"hello\n"
+        return time.perf_counter() - began
+
+
+@differs
+def test_a_silent_tls_client_stops_nobody_else(module: Any, authority: Authority) -> None:
+    """It costs its worker some time, and nobody anything else."""
+    server = wrapped(module, greet, authority)
+    thread = threading.Thread(target=serve, args=(server, {}), daemon=True)
+    thread.start()
+    try:
+        with socket.create_connection(server.server_address):
+            greeted(server, authority, bound(module))
+    finally:  # the silent client has gone
+        server.shutdown()
+        server.server_close()
+        thread.join(BOUND)
+
+
+@differs
+def test_the_first_reply_over_tls_leaves_at_once(module: Any, authority: Authority) -> None:
+    """Linux delays an acknowledgement by 40 ms at least; a busy machine may delay some replies."""
+    server = wrapped(module, greet, authority)
+    thread = threading.Thread(target=serve, args=(server, {}), daemon=True)
+    thread.start()
+    try:
+        times = sorted(greeted(server, authority, BOUND) for _ in range(20))
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(BOUND)
+    assert times[5] < 0.030
+
+
+@differs
+def test_a_client_that_does_not_speak_tls_is_told(module: Any, authority: Authority) -> None:
+    failed: list[Any] = []
+    server = wrapped(module, greet, authority)
+    unsubscribe = portico.events.subscribe(failed.append, portico.events.PreambleFailed)
+    thread = threading.Thread(target=serve, args=(server, {}), daemon=True)
+    thread.start()
+    try:
+        with socket.create_connection(server.server_address, BOUND) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with suppress(ConnectionError):
+                while client.recv(4096):
+                    pass
+    finally:
+        unsubscribe()
+        server.shutdown()
+        server.server_close()
+        thread.join(BOUND)
+    assert [event.stage for event in failed] == ["TLS handshake"]
 
 
 # --- child processes --------------------------------------------------------------------

@@ -35,7 +35,7 @@ LAYERS = (
         "portico.logs",
     ),
     ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
-    ("portico.drain", "portico.gate", "portico.timekeeper"),
+    ("portico.drain", "portico.gate", "portico.lobby", "portico.timekeeper"),
     ("portico.guard", "portico.preamble"),
     ("portico.server",),
     ("portico.families", "portico.handlers"),

@@ -225,6 +225,8 @@ class Wakeup:
 class Acceptor:
     """One wait after another for a listener, in one thread."""
 
+    _beside: Listener | None = None
+
     def __init__(self, listener: Listener, *, wakeup: Wakeup | None = None) -> None:
         """Watch `listener`, and `wakeup`, which then belongs to this object.
 
@@ -271,6 +273,14 @@ class Acceptor:
         if self.wakeup is not None:
             self.wakeup.close()
 
+    def watch(self, beside: Listener) -> None:
+        """Have a wait end as well when something else is readable: the listener is not ready then.
+
+        To be called once.
+        """
+        self._selector.register(beside, selectors.EVENT_READ)
+        self._beside = beside
+
     def wake(self) -> None:
         """End the wait.  Callable from any thread and from a signal handler."""
         if self.wakeup is not None:
@@ -287,7 +297,7 @@ class Acceptor:
         for key, _ in self._selector.select(timeout):
             if wakeup is not None and key.fileobj is wakeup:
                 wakeup.clear()
-            else:
+            elif key.fileobj is not self._beside:
                 ready = True
         return ready
 

@@ -87,6 +87,10 @@ class Connection:
     proxy_header: Header | None = None
     """What a proxy said of it."""
 
+    patience: float | None = None
+    """Seconds that its peer has left for its preamble, once it has begun to speak; ``None`` for all
+    that the settings give it."""
+
     has_ended: bool = False
     """Whether a drain has counted its end."""
 

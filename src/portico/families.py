@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import ClientAddress, Request
 from portico.events import DatagramCut, ListenerBound, emit
+from portico.lobby import Lobby
 from portico.server import BaseServer
 
 if TYPE_CHECKING:
@@ -167,6 +168,15 @@ class TCPServer(BaseServer):
 
             known = self.__dict__["_known_preamble"] = Preamble(*settings)
         return known
+
+    def _make_lobby(self) -> Lobby | None:
+        # On every engine, so that a wrong setting fails here and not at each connection.
+        has_preamble = self._preamble() is not None
+        return Lobby(self.handshake_timeout) if has_preamble and self._keeps_lobby else None
+
+    def _begins_with_peer(self, request: Request, client_address: ClientAddress) -> bool:
+        preamble = self._preamble()
+        return preamble is not None and preamble.begins_with_peer(request, client_address)
 
     def _close_listener(self) -> None:
         self.socket.close()

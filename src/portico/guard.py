@@ -24,6 +24,7 @@ from portico.traffic import idle_seconds
 if TYPE_CHECKING:
     from portico.connection import ClientAddress, Request
     from portico.events import RefusalReason
+    from portico.lobby import Lobby
 
 ADMISSION: Final = (
     "max_connections",
@@ -64,6 +65,8 @@ class Guard:
         """Whether this process was forked to serve one connection."""
         self.of_children: dict[int, Connection] = {}
         """Connections that child processes serve, by the process."""
+        self.lobby: Lobby | None = None
+        """Where connections wait for their peers' first word; ``None`` where they do not."""
         self.refusals: dict[int, RefusalReason] = {}
         """Why a request was not admitted, by its ``id``, until that is told."""
         self._server = server
@@ -314,6 +317,9 @@ class Guard:
     def enter_child(self, request: Request) -> None:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
+        if self.lobby is not None:
+            self.lobby.abandon()
+        self.lobby = None
         self.is_in_child = True
         self._leave_parent()
         self.read_settings()

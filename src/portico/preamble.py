@@ -73,12 +73,13 @@ class Preamble:
         Raises:
             PreambleError: The peer did not do its part, or not in time.
         """
-        deadline = Deadline(self._timeout)
+        connection = server._guard.connections.get(request)
+        patience = None if connection is None else connection.patience
+        deadline = Deadline(self._timeout if patience is None else patience)
         before = request.gettimeout()
         if self._proxies is not None:
             header = read_header(request, client_address, self._proxies, deadline)
             if header is not None:
-                connection = server._guard.connections.get(request)
                 if connection is not None:
                     connection.proxy_header = header
                 if header.source is not None:
@@ -96,6 +97,14 @@ class Preamble:
             )
         request.settimeout(before)
         return request, client_address
+
+    def begins_with_peer(self, request: Any, client_address: ClientAddress) -> bool:
+        """Say whether the first byte of a connection is its peer's, whatever its handler does."""
+        if isinstance(request, ssl.SSLSocket):
+            return False
+        if self._listener is not None or self._tls is not None:
+            return True
+        return self._proxies is not None and is_trusted(request, client_address, self._proxies)
 
     def refresh(self, server: Any) -> None:
         """Look at the files of the certificates now; for engines whose workers forget."""
@@ -165,10 +174,7 @@ def read_header(
     Raises:
         PreambleError: There is no header, or it did not come in time.
     """
-    address = ip_address_of(client_address)
-    # Whoever can open a Unix socket passed the mode of its file.
-    is_unix = sock.family == getattr(socket, "AF_UNIX", None)
-    if not is_unix and (address is None or address not in trusted):
+    if not is_trusted(sock, client_address, trusted):
         return None
     data = b""
     try:
@@ -187,6 +193,14 @@ def read_header(
     except OSError as error:
         raise PreambleError(PROXY_HEADER, str(error)) from error
     return header
+
+
+def is_trusted(sock: socket.socket, client_address: ClientAddress, trusted: Networks) -> bool:
+    """Say whether a peer is a proxy whose word is taken."""
+    if sock.family == getattr(socket, "AF_UNIX", None):
+        return True  # whoever can open a Unix socket passed the mode of its file
+    address = ip_address_of(client_address)
+    return address is not None and address in trusted
 
 
 def shake_hands(

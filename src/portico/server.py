@@ -63,7 +63,8 @@ from portico.events import (
 )
 from portico.guard import Guard, check_timeout
 from portico.lifecycle import DrainReport, Phase, move
-from portico.traffic import connections_waiting
+from portico.lobby import Guest, Lobby
+from portico.traffic import STILLNESS, connections_waiting
 from portico.waits import thread_activity, thread_waits_in_read
 
 if TYPE_CHECKING:
@@ -236,6 +237,8 @@ class BaseServer:
                 )
                 if is_stopping():
                     break  # a connection that came with it stays in the backlog
+                if self._guard.lobby is not None and self.__pause is None:
+                    self.__look_into_lobby(self._guard.lobby)
                 if ready:
                     self._handle_request_noblock()
                 elif not is_open(self):
@@ -327,6 +330,7 @@ class BaseServer:
             if DrainStarted.subscribers:
                 emit(DrainStarted(self, self._guard.open, limit))
             self.__accept_rest(drain)
+            self.__clear_lobby()
             if self._replies_by_listener:
                 self.__await_requests(drain)
             self._close_listener()
@@ -359,6 +363,7 @@ class BaseServer:
             self.__phase = move(self.__phase, Phase.CLOSED)
         self._close_listener()
         self.__wake()
+        self.__clear_lobby()
         self._guard.close()
 
     def pause_accepting(self, seconds: float | None = None, *, until: Collection[int] = ()) -> None:
@@ -438,7 +443,7 @@ class BaseServer:
             if can_be_tracked(request):
                 guard.track(request, client_address)
             if self._verifies_late or self.verify_request(request, client_address):
-                self.process_request(request, client_address)
+                self.__begin(request, client_address)
             else:
                 self._refuse(request, client_address, RefusalReason.NOT_VERIFIED)
         except Exception as error:
@@ -595,12 +600,17 @@ class BaseServer:
                     f"{type(self).__name__} does not listen: call server_bind() and "
                     "server_activate() before serve_forever()"
                 )
+            lobby = self._guard.lobby
+            if lobby is None:
+                lobby = self._guard.lobby = self._make_lobby()
             acceptor = self._make_acceptor()
             self.__acceptors += (acceptor,)
             if self.__phase is Phase.CLOSED:  # a program gave it another listener
                 self.__begin_anew()
             if self.__phase is not Phase.SERVING:  # as another loop may have it already
                 self.__phase = move(self.__phase, Phase.SERVING)
+            if lobby is not None:
+                acceptor.watch(lobby)
         if ServerStarted.subscribers:
             emit(ServerStarted(self))
         return acceptor
@@ -647,9 +657,11 @@ class BaseServer:
 
     def __patience(self, acceptor: Acceptor, poll_interval: float) -> float | None:
         """Return how long the loop may wait: without limit if nobody needs it to come round."""
-        if acceptor.misses_signals or _overrides_service_actions(self):
-            return poll_interval
-        return None
+        needs_it = acceptor.misses_signals or _overrides_service_actions(self)
+        patience = poll_interval if needs_it else None
+        lobby = self._guard.lobby
+        remaining = None if lobby is None else lobby.remaining(time())
+        return min((x for x in (patience, remaining) if x is not None), default=None)
 
     def __wait(self, acceptor: Acceptor, timeout: float | None) -> bool:
         pause = self.__pause
@@ -771,12 +783,93 @@ class BaseServer:
             self._refuse(request, client_address, refusal)
         return refusal is None
 
+    # --- peers that have said nothing yet -------------------------------------------------
+
+    _keeps_lobby: bool = True
+    """Whether a peer that has to speak first waits in the acceptor until it does; not on engines
+    with a worker for everybody."""
+
+    def _make_lobby(self) -> Lobby | None:
+        """Return where peers wait that have to speak first; for the families."""
+        return None
+
+    def _begins_with_peer(self, request: Request, client_address: ClientAddress) -> bool:
+        """Say whether a handler is made only after its peer has spoken; for the families."""
+        return False
+
+    def __begin(self, request: Request, client_address: ClientAddress) -> None:
+        """Process a request, now or when its peer has begun to speak."""
+        lobby = self._guard.lobby
+        if lobby is None or not self.__keep(lobby, request, client_address):
+            self.process_request(request, client_address)
+
+    def __keep(self, lobby: Lobby, request: Request, client_address: ClientAddress) -> bool:
+        return (
+            # There has to be a loop that looks after it.
+            (len(self.__acceptors) > 0 or self.draining.is_set())
+            and self._begins_with_peer(request, client_address)
+            and lobby.take(Guest(request, client_address, time()))
+        )
+
+    def __look_into_lobby(self, lobby: Lobby) -> None:
+        """Process the requests whose peers have begun to speak, and end those that are late."""
+        for guest in lobby.speaking():
+            self.__let_in(lobby, guest)
+            if self.__pause is not None or self.__shutdown_request:
+                return  # the others stay where they are, as in the backlog
+        for guest in lobby.late(time()):
+            if lobby.leave(guest):
+                silence = PreambleError("preamble", "the peer said nothing", is_late=True)
+                started = guest.since if ConnectionClosed.subscribers else None
+                self._fail(guest.request, guest.client_address, silence, started)
+
+    def __let_in(self, lobby: Lobby, guest: Guest) -> None:
+        """Process a request that has been kept."""
+        request, client_address, since = guest
+        if not lobby.leave(guest):
+            return
+        connection = self._guard.connections.get(request)
+        if connection is not None and lobby.timeout is not None:
+            connection.patience = since + lobby.timeout - time()
+        started = time() if ConnectionClosed.subscribers else None
+        try:
+            self.process_request(request, client_address)
+        except Exception as error:
+            self._fail(*_inline.leave(request, client_address), error, started)
+        except BaseException as error:
+            self._fail(*_inline.leave(request, client_address), error, started)
+            raise
+
+    def __let_in_last(self, lobby: Lobby) -> bool:
+        """Process one more request in a drain, and say whether there may be another.
+
+        Of those that have said nothing, one that came a moment ago has its first bytes on the way;
+        the others are left for `__clear_lobby`.
+        """
+        guest = next(lobby.speaking(), None)
+        if guest is not None:
+            self.__let_in(lobby, guest)
+            return True
+        youngest = max((guest.since for guest in lobby.guests()), default=-inf)
+        return lobby.wait(youngest + STILLNESS - time())
+
+    def __clear_lobby(self) -> None:
+        """End the connections whose peers have said nothing, and keep no more."""
+        lobby = self._guard.lobby
+        if lobby is None:
+            return
+        self._guard.lobby = None
+        for guest in lobby.close():
+            self._end(guest.request)
+            started = guest.since if ConnectionClosed.subscribers else None
+            self.__tell_closed(guest.client_address, CloseReason.CUT, started)
+
     def __accept_rest(self, drain: Drain) -> None:
         """Accept what the kernel completed before now: no more than the backlog holds."""
         if not is_open(self) or not is_listening(self):
             return
         with Acceptor(self) as acceptor:
-            waiting = connections_waiting(self.__dict__.get("socket"))
+            waiting, lobby = connections_waiting(self.__dict__.get("socket")), self._guard.lobby
             left = MOST_AT_THE_END if waiting is None else waiting + ON_THEIR_WAY
             while left and time() < drain.deadline:
                 if self.__pause is not None:
@@ -788,7 +881,7 @@ class BaseServer:
                     self._handle_request_noblock()
                     if not is_full and self._exhaustion is None:  # or nobody was taken
                         left -= 1
-                else:
+                elif lobby is None or not self.__let_in_last(lobby):
                     break
 
     @property

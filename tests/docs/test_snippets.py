@@ -161,6 +161,32 @@ def test_names(load: Load, authority: Authority) -> None:
         shake_hands(certificates.refresh(), authority.client(), name)
 
 
+def converse_over_tls(server: Any, authority: Authority, text: bytes) -> bytes:
+    plain = socket.create_connection(server.server_address, timeout=WAIT)
+    with authority.client().wrap_socket(plain, server_hostname="localhost") as connection:
+        connection.sendall(text)
+        return connection.recv(4096)
+
+
+@pytest.mark.usefixtures("files")
+def test_secure(run: Run, authority: Authority) -> None:
+    with run("secure.py") as server:
+        assert converse_over_tls(server, authority, b"hello\n") == b"HELLO\n"
+
+
+@pytest.mark.usefixtures("files")
+def test_wrapped(run: Run, authority: Authority) -> None:
+    with run("wrapped.py") as server, socket.create_connection(server.server_address):
+        answer = converse_over_tls(server, authority, b"HEAD / HTTP/1.0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.0 200")
+
+
+def test_behind(run: Run) -> None:
+    with run("behind.py") as server:
+        header = b"PROXY TCP4 192.0.2.7 127.0.0.1 5000 80\r\n"
+        assert converse(server, header) == b"192.0.2.7 asked for None\n"
+
+
 def test_web(run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "page.txt").write_text("a page")
     monkeypatch.chdir(tmp_path)

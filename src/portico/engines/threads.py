@@ -117,6 +117,8 @@ class ThreadingMixIn(Hooks):
     block_on_close: bool = True
     """Whether `server_close` waits for the threads that are no daemons, without limit."""
 
+    _keeps_lobby = False
+
     _threads: _Threads | _NoThreads = _NoThreads()
 
     def process_request_thread(self, request: Request, client_address: ClientAddress) -> None:

@@ -99,6 +99,8 @@ class GreenMixIn(_Base):
 
     _green: Green
 
+    _keeps_lobby = False
+
     # --- the life of the server ---------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
