@@ -58,7 +58,7 @@ class Drain:
         self._connections = connections
         self._of_children = of_children
         self._waits_to_read = waits_to_read
-        self._spared = set() if spared is None else {spared}
+        self._spared: set[Connection] = set() if spared is None else {spared}
         self._lock = Lock()  # guards _tally, _spared
         self._tally = DrainTally(now)
         self._idle: set[Connection] = set()

@@ -60,8 +60,9 @@ class Gate:
     ) -> None:
         self.when_full = when_full
         self.knows_proxies = not counts_peers
-        self._lock = Lock()  # guards all that follows
-        self._places = Admission(rules if counts_peers else _of_places(rules))
+        self.lock = Lock()
+        """Guards all that follows; for who does here what `admit` does."""
+        self.places = Admission(rules if counts_peers else _of_places(rules))
         self._peers = None if counts_peers else Admission(_of_peers(rules))
         self._room: Room | None = None  # made when somebody waits for it first
         self._is_awaited = False
@@ -69,17 +70,12 @@ class Gate:
     @property
     def active(self) -> int:
         """Connections that have a place."""
-        return self._places.active
+        return self.places.active
 
     @property
     def is_full(self) -> bool:
         """Whether every place is taken."""
-        return self._places.is_full
-
-    @property
-    def free(self) -> int:
-        """Places that are not taken; no fewer until somebody is admitted."""
-        return self._places.free
+        return self.places.is_full
 
     def admit(self, client_address: Any, now: float) -> RefusalReason | None:
         """Give a connection a place, or say why it gets none.
@@ -88,10 +84,10 @@ class Gate:
             client_address: What accept(2) told.
             now: The instant, by `time.monotonic`.
         """
-        lock = self._lock
+        lock = self.lock
         lock.acquire()  # each connection comes by twice, and ``with`` costs twice as much
         try:
-            return self._places.decide(client_address, now)
+            return self.places.decide(client_address, now)
         finally:
             lock.release()
 
@@ -103,15 +99,15 @@ class Gate:
             now: The instant, by `time.monotonic`.
         """
         assert self._peers is not None
-        with self._lock:
+        with self.lock:
             return self._peers.decide(peer, now)
 
     def leave(self, client_address: Any) -> None:
         """Take the place of an admitted connection back."""
-        lock = self._lock
+        lock = self.lock
         lock.acquire()  # as above
         try:
-            self._places.leave(client_address)
+            self.places.leave(client_address)
             if self._is_awaited:
                 self._is_awaited = False
                 assert self._room is not None
@@ -122,7 +118,7 @@ class Gate:
     def leave_peer(self, peer: Any) -> None:
         """Note that a connection has ended whose peer `admit_peer` has admitted."""
         assert self._peers is not None
-        with self._lock:
+        with self.lock:
             self._peers.leave(peer)
 
     def await_room(self) -> int | None:
@@ -131,8 +127,8 @@ class Gate:
         Raises:
             OSError: There is none, and the system has no descriptor left to wait for it.
         """
-        with self._lock:
-            if not self._places.is_full:
+        with self.lock:
+            if not self.places.is_full:
                 return None
             if self._room is None:
                 self._room = Room()
@@ -142,7 +138,7 @@ class Gate:
 
     def close(self) -> None:
         """Release the descriptors; to be called when nobody waits for room any more."""
-        with self._lock:
+        with self.lock:
             self._is_awaited = False
             room, self._room = self._room, None
             if room is not None:
