@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from portico.deadlines import Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from portico.connection import Connection, Connections
+
+GATHERED: Final = 0.1
+"""Seconds between two rounds at least, or a twentieth of the shortest time between two looks.
+
+A round passes all connections.  Without a rest, ten thousand that are due one after another would
+have the thread go round without end.
+"""
 
 WaitsToRead = Callable[["Connection"], "bool | None"]
 """Says whether the handler of a connection waits for bytes of it; ``None`` if nobody knows."""
@@ -54,6 +61,7 @@ class Timekeeper:
         self._deadlines = Deadlines(rules)
         self._waits_to_read = waits_to_read
         self._pause = self._deadlines.first_look(0.0)
+        self._rest = min(GATHERED, self._pause / 20)
         self._lock = threading.Lock()  # guards _thread, is_asleep
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -98,7 +106,7 @@ class Timekeeper:
             next_look = self.look_at_all(monotonic())
             # Whoever comes meanwhile is looked at after `_pause` at the latest, which is in time
             # for its first look.
-            self._changed.wait(max(0.0, min(next_look - monotonic(), self._pause)))
+            self._changed.wait(max(self._rest, min(next_look - monotonic(), self._pause)))
 
     def _may_sleep(self) -> bool:
         """Note that nobody is looked at, if nobody is there."""
