@@ -150,14 +150,14 @@ def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
         gate.admit(PROXY, 0.0)
         gate.admit_peer(PEER, 0.0)
     on_places = step in {"admit", "leave", "await_room"}
-    owner: Any = gate._places if on_places else gate._peers
+    owner: Any = gate.places if on_places else gate._peers
     inner = {"admit": "decide", "admit_peer": "decide"}.get(step, "leave")
     if step == "await_room":
-        owner, inner = type(gate._places), "is_full"
+        owner, inner = type(gate.places), "is_full"
         original: Any = owner.is_full
 
         def interrupted_look(self: Any) -> bool:
-            if self is gate._places and len(gate._lost) == 0 and gate.active == 3:
+            if self is gate.places and len(gate._lost) == 0 and gate.active == 3:
                 gate.lose(PROXY, PEER)
                 assert gate.active == 3, "not in the middle of it"
             return bool(original.fget(self))

@@ -94,15 +94,17 @@ class Admission:
     Attributes:
         rules: The rules.
         active: Connections that were admitted and have not left.
+        limit: How many there may be at the most.
     """
 
     rules: AdmissionRules
     active: int
+    limit: int
 
     def __init__(self, rules: AdmissionRules) -> None:
         self.rules = rules
         self.active = 0
-        self._limit = _limit(rules.max_connections)
+        self.limit = _limit(rules.max_connections)
         self._peer_limit = _limit(rules.max_connections_per_peer)
         self._of_peer: dict[_Peer, int] = {}  # only peers that have a connection open
         self._known: dict[object, _Verdict] = {}  # by the host of an address, never a single sign
@@ -128,12 +130,7 @@ class Admission:
     @property
     def is_full(self) -> bool:
         """Whether `max_connections` are open."""
-        return self.active >= self._limit
-
-    @property
-    def free(self) -> int:
-        """How many more may be open."""
-        return self._limit - self.active
+        return self.active >= self.limit
 
     def decide(self, client_address: Any, now: float) -> RefusalReason | None:
         """Admit and count a connection, or say why not.
@@ -168,7 +165,7 @@ class Admission:
             if full_at - now > self._patience:
                 return RefusalReason.TOO_FAST
             full_at = max(full_at, now) + self._interval
-        if self.active >= self._limit:
+        if self.active >= self.limit:
             return RefusalReason.TOO_MANY
         self._full_at = full_at
         self.active += 1

@@ -61,8 +61,9 @@ class Gate:
     ) -> None:
         self.when_full = when_full
         self.knows_proxies = not counts_peers
-        self._lock = Lock()  # guards all that follows
-        self._places = Admission(rules if counts_peers else _of_places(rules))
+        self.lock = Lock()
+        """Guards all that follows; for who does here what `admit` does."""
+        self.places = Admission(rules if counts_peers else _of_places(rules))
         self._peers = None if counts_peers else Admission(_of_peers(rules))
         self._room: Room | None = None  # made when somebody waits for it first
         self._is_awaited = False
@@ -71,17 +72,12 @@ class Gate:
     @property
     def active(self) -> int:
         """Connections that have a place."""
-        return self._places.active
+        return self.places.active
 
     @property
     def is_full(self) -> bool:
         """Whether every place is taken."""
-        return self._places.is_full
-
-    @property
-    def free(self) -> int:
-        """Places that are not taken; no fewer until somebody is admitted."""
-        return self._places.free
+        return self.places.is_full
 
     def admit(self, client_address: Any, now: float) -> RefusalReason | None:
         """Give a connection a place, or say why it gets none.
@@ -90,10 +86,10 @@ class Gate:
             client_address: What accept(2) told.
             now: The instant, by `time.monotonic`.
         """
-        lock = self._lock
+        lock = self.lock
         lock.acquire()  # each connection comes by twice, and ``with`` costs twice as much
         try:
-            refusal = self._places.decide(client_address, now)
+            refusal = self.places.decide(client_address, now)
         finally:
             lock.release()
         if self._lost:
@@ -108,7 +104,7 @@ class Gate:
             now: The instant, by `time.monotonic`.
         """
         assert self._peers is not None
-        with self._lock:
+        with self.lock:
             refusal = self._peers.decide(peer, now)
         if self._lost:
             self._settle()
@@ -121,14 +117,14 @@ class Gate:
             client_address: What accept(2) told.
             peer: For whom a proxy speaks, if that is counted.
         """
-        with self._lock:
-            self._places.take_over(client_address)
+        with self.lock:
+            self.places.take_over(client_address)
             if peer is not None and self._peers is not None:
                 self._peers.take_over(peer)
 
     def leave(self, client_address: Any) -> None:
         """Take the place of an admitted connection back."""
-        lock = self._lock
+        lock = self.lock
         lock.acquire()  # as above
         try:
             self._leave(client_address)
@@ -140,7 +136,7 @@ class Gate:
     def leave_peer(self, peer: Any) -> None:
         """Note that a connection has ended whose peer `admit_peer` has admitted."""
         assert self._peers is not None
-        with self._lock:
+        with self.lock:
             self._peers.leave(peer)
         if self._lost:
             self._settle()
@@ -160,7 +156,7 @@ class Gate:
 
     def _settle(self) -> None:
         """Take the places back of those that were lost, unless somebody else is about to."""
-        while self._lost and self._lock.acquire(blocking=False):
+        while self._lost and self.lock.acquire(blocking=False):
             try:
                 while self._lost:
                     client_address, peer = self._lost.popleft()
@@ -168,10 +164,10 @@ class Gate:
                     if peer is not None and self._peers is not None:
                         self._peers.leave(peer)
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def _leave(self, client_address: Any) -> None:
-        self._places.leave(client_address)
+        self.places.leave(client_address)
         if self._is_awaited:
             self._is_awaited = False
             assert self._room is not None
@@ -184,8 +180,8 @@ class Gate:
             OSError: There is none, and the system has no descriptor left to wait for it.
         """
         room = None
-        with self._lock:
-            if self._places.is_full:
+        with self.lock:
+            if self.places.is_full:
                 if self._room is None:
                     self._room = Room()
                 self._room.clear()
@@ -197,7 +193,7 @@ class Gate:
 
     def close(self) -> None:
         """Release the descriptors; to be called when nobody waits for room any more."""
-        with self._lock:
+        with self.lock:
             self._is_awaited = False
             room, self._room = self._room, None
             if room is not None:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 RETRY: Final = 0.1
 """Seconds until the next attempt to end a connection that had no socket to shut down."""
 
+GATHERED: Final = 0.1
+"""Seconds between two rounds at least, or a twentieth of the shortest time between two looks.
+
+A round passes all connections.  Without a rest, ten thousand that are due one after another would
+have the thread go round without end.
+"""
+
 WaitsToRead = Callable[["Connection"], "bool | None"]
 """Says whether the handler of a connection waits for bytes of it; ``None`` if nobody knows."""
 
@@ -47,6 +54,7 @@ class Timekeeper:
         self._connections = connections
         self._deadlines = Deadlines(rules)
         self._pause = self._deadlines.first_look(0.0)
+        self._rest = min(GATHERED, self._pause / 20)
         self._lock = threading.Lock()  # guards is_asleep, _thread, and the two that follow
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -99,7 +107,7 @@ class Timekeeper:
             next_look = self.look_at_all(monotonic())
             # Whoever comes meanwhile is looked at after `_pause` at the latest, which is in time
             # for its first look.
-            self._changed.wait(max(0.0, min(next_look - monotonic(), self._pause)))
+            self._changed.wait(max(self._rest, min(next_look - monotonic(), self._pause)))
 
     def _may_end(self) -> bool:
         """Say whether the thread has nothing left to do; note if nobody is there to look at."""

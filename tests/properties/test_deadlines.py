@@ -133,7 +133,10 @@ RATES = st.floats(1.0, 100.0)
 def test_a_drip_is_found_in_time_and_never_before(
     rate: float, grace: float, window: float, first: float, answered: bool, share: float
 ) -> None:
-    """It drips from `first` on, after an answer or as the first that is ever said."""
+    """It drips from `first` on, after an answer or as the first that is ever said.
+
+    After an answer, it is found late by an eighth of the time for which it was quiet before.
+    """
     pause = 1 / (rate * share)
     drips = [first + pause * n for n in range(1 + int((grace + window) * 3 / pause))]
     story = Story([0.0, *drips] if answered else drips, [0.0] if answered else [])
@@ -145,7 +148,7 @@ def test_a_drip_is_found_in_time_and_never_before(
     assert at - turn >= grace + window - 1e-6
     limit = (grace + window) * (1 + 1 / LOOKS)
     if window * rate * (1 - share) > 1:  # or one byte, at either end of a window, may do
-        assert at - turn <= limit + SLACK
+        assert at - turn <= limit + turn / LOOKS + SLACK
 
 
 @given(rate=RATES, grace=GRACES, window=WINDOWS, pauses=st.lists(st.floats(0.0, 30.0), max_size=60))

@@ -112,14 +112,19 @@ class PlainPath:
         accept, requests = lineage.accept, self._crew.requests
         by_request, gate = guard.connections.by_request, guard.gate
         before = len(requests)
-        if gate is not None:  # what to do when it is full is for the step
-            most = min(most, gate.free)  # nobody else admits meanwhile
+        if gate is not None:
+            # What to do when all are taken is for the step; nobody else admits meanwhile.
+            most = min(most, gate.places.limit - gate.places.active)
         try:
             for _ in range(most):
                 request, client_address = accept()
                 connection = Connection(request, client_address)
                 if gate is not None:
-                    refusal = gate.admit(client_address, connection.accepted)
+                    gate.lock.acquire()
+                    try:
+                        refusal = gate.places.decide(client_address, connection.accepted)
+                    finally:
+                        gate.lock.release()
                     if refusal is not None:
                         self._server._refuse(request, client_address, refusal)
                         continue
