@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -34,11 +35,14 @@ from portico.events import (
 from portico.guard import Guard, check_timeout
 from tests.support import (
     PATIENCE,
+    Call,
     Journal,
     RunningServer,
+    connect,
     eventually,
     goodbye,
     in_child,
+    nothing_left_behind,
     recorded,
 )
 
@@ -64,6 +68,12 @@ def server() -> Iterator[Server]:
 def exchange(client: socket.socket, words: bytes = b"hello\n") -> None:
     client.sendall(words)
     assert client.recv(100) == words
+
+
+def is_awaited(server: TCPServer) -> bool:
+    """Say whether an acceptor waits for a place."""
+    gate = server._guard.gate
+    return gate is not None and gate._is_awaited
 
 
 def refused_or_told(running: RunningServer[Any]) -> bytes:
@@ -220,6 +230,22 @@ def test_a_pause_for_room_ends_with_the_rules_that_it_was_for(server: Server) ->
         server.max_connections = 2
         with RunningServer(server):
             assert second.recv(100) == b"hello\n"
+
+
+def test_what_tells_of_room_is_released_with_the_loop(server: Server) -> None:
+    """And a loop that comes later waits for its own."""
+    server.max_connections = 1
+    for _ in range(2):
+        with nothing_left_behind():
+            loop = Call(server.serve_forever)
+            with connect(server) as first, connect(server) as second:
+                exchange(first)
+                second.sendall(b"hello\n")
+                eventually(partial(is_awaited, server))
+                first.close()
+                assert second.recv(100) == b"hello\n"
+            server.shutdown()
+            loop.result()
 
 
 # --- places -----------------------------------------------------------------------------

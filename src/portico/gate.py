@@ -191,13 +191,21 @@ class Gate:
             self._settle()
         return room
 
-    def close(self) -> None:
-        """Release the descriptors; to be called when nobody waits for room any more."""
+    def close(self) -> bool:
+        """Release the descriptors; to be called when nobody waits for room any more.
+
+        Who waits later gets others.
+
+        Returns:
+            Whether there were any.
+        """
         with self.lock:
             self._is_awaited = False
             room, self._room = self._room, None
-            if room is not None:
-                room.close()
+        if room is None:
+            return False
+        room.close()
+        return True
 
 
 class Room:

@@ -108,9 +108,8 @@ class Guard:
 
     def _exchange_gate(self, gate: Gate | None) -> None:
         before, self.gate = self.gate, gate
-        if before is not None:
-            self._server.resume_accepting()  # the descriptor that ends its pause will not be there
-            before.close()
+        if before is not None and before.close():
+            self._server.resume_accepting()  # the descriptor that ends its pause is not there
         if gate is not None:
             for connection in (*self.connections, *tuple(self.of_children.values())):
                 self._take_place(gate, connection)

@@ -331,6 +331,7 @@ class BaseServer:
                 emit(DrainStarted(self, self._guard.open, limit))
             self.__accept_rest(drain)
             self.__clear_lobby()
+            self.__release_room()
             if self._replies_by_listener:
                 self.__await_requests(drain)
             self._close_listener()
@@ -361,6 +362,8 @@ class BaseServer:
             self.drain()
         with self.__lock:
             self.__phase = move(self.__phase, Phase.CLOSED)
+            if not self.__acceptors:  # else the last loop does
+                self.__release_room()
         self._close_listener()
         self.__wake()
         self.__clear_lobby()
@@ -637,6 +640,7 @@ class BaseServer:
                 self.__is_shut_down.set()
                 if self.__phase is Phase.SERVING:
                     self.__phase = move(self.__phase, Phase.STOPPED)
+                self.__release_room()
             self.__loops = tuple(other for other in self.__loops if other != loop)
 
     @property
@@ -686,6 +690,12 @@ class BaseServer:
             self._guard.shed()
         self.pause_accepting(until=(room,))
         return True
+
+    def __release_room(self) -> None:
+        """Release the descriptor that tells of room, now that nobody accepts."""
+        gate = self._guard.gate
+        if gate is not None and gate.close():
+            self.__pause = None
 
     def __recover(self, error: OSError) -> None:
         """Decide how to go on after accepting failed."""
