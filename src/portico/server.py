@@ -284,10 +284,11 @@ class BaseServer:
             return self.drain_report
         try:
             self.draining.set()
-            self.shutdown()
-            if DrainStarted.subscribers:
-                emit(DrainStarted(self, len(self._guard.connections), limit))
-            self.__accept_rest(drain.deadline)
+            with drain.watched():
+                self.shutdown()
+                if DrainStarted.subscribers:
+                    emit(DrainStarted(self, len(self._guard.connections), limit))
+                self.__accept_rest(drain.deadline)
             if self._replies_by_listener:
                 self.__await_requests(drain.deadline)
             self._close_listener()
