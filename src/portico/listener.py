@@ -325,7 +325,7 @@ def _in_use(place: Place) -> str:
         return "in use by this very process; is the address given twice?"
     if holders:
         return f"in use by {_named(holders)}"
-    command = {Scheme.TCP: "-ltnp", Scheme.UDP: "-lunp"}.get(scheme, "-lxp")
+    command = "-lxp" if scheme.is_unix else "-lunp" if scheme.is_datagram else "-ltnp"
     return f"in use; `ss {command}`, run as root, names the process"
 
 
