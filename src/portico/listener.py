@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from portico.address import Address, InternetAddress, Scheme, UnixAddress, from_socket_name
+from portico.address import Address, InternetAddress, UnixAddress, from_socket_name
 from portico.errors import ListenerError
 from portico.holders import Holder, find_holders
 
