@@ -22,6 +22,7 @@ IPV4, IPV6, ANY = socket.AF_INET, socket.AF_INET6, socket.AF_UNSPEC
     [
         ("tcp://127.0.0.1:9000", InternetAddress(Scheme.TCP, "127.0.0.1", 9000), IPV4),
         ("tcp://0.0.0.0:0", InternetAddress(Scheme.TCP, "0.0.0.0", 0), IPV4),
+        ("tls://127.0.0.1:443", InternetAddress(Scheme.TLS, "127.0.0.1", 443), IPV4),
         ("udp://[::1]:53", InternetAddress(Scheme.UDP, "::1", 53), IPV6),
         ("tcp://[::]:80", InternetAddress(Scheme.TCP, "::", 80), IPV6),
         ("tcp://[fe80::1%eth0]:80", InternetAddress(Scheme.TCP, "fe80::1%eth0", 80), IPV6),
@@ -88,6 +89,7 @@ def test_a_scheme_says_which_sockets_it_is_for() -> None:
     kinds = {scheme: (scheme.is_unix, scheme.socket_type) for scheme in Scheme}
     assert kinds == {
         Scheme.TCP: (False, socket.SOCK_STREAM),
+        Scheme.TLS: (False, socket.SOCK_STREAM),
         Scheme.UDP: (False, socket.SOCK_DGRAM),
         Scheme.UNIX: (True, socket.SOCK_STREAM),
         Scheme.UNIX_DATAGRAM: (True, socket.SOCK_DGRAM),
@@ -98,18 +100,19 @@ def test_a_scheme_says_which_sockets_it_is_for() -> None:
     ("text", "expected"),
     [
         # The scheme.
-        ("", "tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
-        ("http://localhost:80", "tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or"),
+        ("", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
+        ("http://localhost:80", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT"),
         ("127.0.0.1:9000", "tcp://127.0.0.1:9000 or udp://127.0.0.1:9000"),
         ("[::1]:9000", "tcp://[::1]:9000 or udp://[::1]:9000"),
         (":9000", "tcp://:9000 or udp://:9000"),
         ("9000", "tcp://:9000 or udp://:9000"),
         ("/run/a.sock", "unix:/run/a.sock or unix-datagram:/run/a.sock"),
-        ("/", "tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
+        ("/", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
         # The port.
         ("tcp", "tcp://HOST:PORT, or tcp://:PORT"),
         ("tcp:/x", "tcp://HOST:PORT, or tcp://:PORT"),
         ("udp://localhost", "udp://HOST:PORT, or udp://:PORT"),
+        ("tls://localhost", "tls://HOST:PORT, or tls://:PORT"),
         ("tcp://localhost:80/", "tcp://HOST:PORT, or tcp://:PORT"),
         ("tcp://localhost:+80", "tcp://HOST:PORT, or tcp://:PORT"),
         ("tcp://localhost:\N{ARABIC-INDIC DIGIT ONE}", "tcp://HOST:PORT, or tcp://:PORT"),
@@ -172,6 +175,7 @@ def test_the_longest_path_can_be_bound() -> None:
     ("scheme", "name", "text"),
     [
         (Scheme.TCP, ("127.0.0.1", 80), "tcp://127.0.0.1:80"),
+        (Scheme.TLS, ("127.0.0.1", 443), "tls://127.0.0.1:443"),
         (Scheme.UDP, ("0.0.0.0", 80), "udp://0.0.0.0:80"),
         (Scheme.TCP, ("::1", 80, 0, 0), "tcp://[::1]:80"),
         (Scheme.TCP, ("::", 80, 0, 0), "tcp://[::]:80"),

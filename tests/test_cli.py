@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import re
@@ -19,7 +20,9 @@ import portico
 from portico import cli, events, service, swap
 from portico.address import parse
 from portico.engines import ENGINES
+from portico.lifecycle import DrainReport
 from portico.service import Tally
+from portico.settings import Settings
 from tests.support import recorded
 
 HANDLER = "portico:BaseRequestHandler"
@@ -28,7 +31,8 @@ LOOPBACK = "tcp://127.0.0.1:0"
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a command changes in its process is put back."""
+    """What a command changes in its process is put back, or not changed at all."""
+    monkeypatch.setattr(cli, "raise_descriptor_limit", lambda: None)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     log = logging.getLogger("portico")
     level = log.level
@@ -135,6 +139,40 @@ def test_an_interrupt_before_there_is_anything_to_stop_ends_the_command(
             [HANDLER, "unix:/no/such/a.sock"],
             "cannot listen on unix:/no/such/a.sock: there is no directory /no/such",
         ),
+        ([HANDLER, "tls://:0"], "cert=None: expected a certificate (and key, its key) for tls://"),
+        ([HANDLER, LOOPBACK, "--cert", "a.pem"], "cert='a.pem': expected a tls://HOST:PORT addre"),
+        ([HANDLER, LOOPBACK, "--key", "a.key"], "key='a.key': expected cert beside it"),
+        ([HANDLER, "tls://:0", "--cert", "/no/such"], "/no/such: no such file"),
+        (
+            [HANDLER, LOOPBACK, "--client-certificates", "always"],
+            "client_certificates='always': expected one of 'none', 'optional', 'required'",
+        ),
+        (
+            [HANDLER, LOOPBACK, "--max-connections", "0"],
+            "max_connections=0: expected 1 or more, 'auto', or None for no limit",
+        ),
+        (
+            [HANDLER, LOOPBACK, "--max-connections-per-peer", "-1"],
+            "max_connections_per_peer='-1': expected a whole number, 'auto', or none for no limit",
+        ),
+        (
+            [HANDLER, LOOPBACK, "--idle-timeout", "soon"],
+            "idle_timeout='soon': expected a number of seconds, or none for no limit",
+        ),
+        ([HANDLER, LOOPBACK, "--idle-timeout", "0"], "idle_timeout=0.0: expected more than 0, or"),
+        ([HANDLER, LOOPBACK, "--drain-timeout", "-1"], "drain_timeout=-1.0: expected 0 or more"),
+        ([HANDLER, LOOPBACK, "--handshake-timeout", "nan"], "handshake_timeout=nan: expected a"),
+        ([HANDLER, LOOPBACK, "--when-full", "drop"], "when_full='drop': expected one of 'wait'"),
+        (
+            [HANDLER, LOOPBACK, "--max-workers", "0"],
+            "max_workers=0: expected engine='pool' with it",
+        ),
+        ([HANDLER, LOOPBACK, "--allow", "here"], "allowed_networks='here': expected networks such"),
+        ([HANDLER, LOOPBACK, "--deny", "10.0.0.1/8"], "denied_networks='10.0.0.1/8': expected 10"),
+        (
+            [HANDLER, LOOPBACK, "--proxy-protocol", "x"],
+            "proxy_protocol='x': expected networks such",
+        ),
         # The line stays one line.
         ([HANDLER, "unix:/no/su\nch/a.sock"], "cannot listen on unix:/no/su ch/a.sock: there is"),
     ],
@@ -172,6 +210,72 @@ def test_a_server_has_as_many_hubs_as_were_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("stop_when_serving")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"idle_timeout": 300, "handshake_timeout": 10, "when_full": "wait"}),
+        (["--idle-timeout", "7.5"], {"idle_timeout": 7.5}),
+        (["--idle-timeout", "none"], {"idle_timeout": None}),
+        (["--handshake-timeout", "3"], {"handshake_timeout": 3}),
+        (["--request-timeout", "60"], {"request_timeout": 60}),
+        (
+            ["--max-connections", "100"],
+            {"max_connections": 100, "max_connections_per_peer": 50},
+        ),
+        (["--max-connections-per-peer", "3"], {"max_connections_per_peer": 3}),
+        (
+            ["--max-connections", "none", "--max-connections-per-peer", "auto"],
+            {"max_connections": None, "max_connections_per_peer": None},
+        ),
+        (["--when-full", "shed"], {"when_full": "shed"}),
+        (["--engine", "pool", "--max-workers", "3"], {"max_workers": 3}),
+    ],
+)
+def test_a_server_has_the_limits_that_were_asked_for(
+    arguments: list[str], expected: dict[str, object]
+) -> None:
+    with recorded(events.ServerStarted) as started:
+        assert status("serve", HANDLER, LOOPBACK, *arguments) == 0
+    (server,) = (event.server for event in started)
+    assert {name: getattr(server, name) for name in expected} == expected
+
+
+@pytest.mark.usefixtures("stop_when_serving")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], 15), (["--drain-timeout", "0"], 0), (["--drain-timeout", "None"], None)],
+)
+def test_a_drain_has_the_time_that_was_asked_for(
+    arguments: list[str], expected: float | None
+) -> None:
+    with recorded(events.DrainStarted) as started:
+        assert status("serve", HANDLER, LOOPBACK, *arguments) == 0
+    assert [event.timeout for event in started] == [expected]
+
+
+@pytest.mark.usefixtures("stop_when_serving")
+def test_networks_may_be_named_again_and_again() -> None:
+    arguments = ["--allow", "10.0.0.0/8", "--allow", "::1", "--deny", "10.1.0.0/16"]
+    with recorded(events.ServerStarted) as started:
+        assert status("serve", HANDLER, LOOPBACK, *arguments, "--proxy-protocol", "10.2.0.1") == 0
+    (server,) = (event.server for event in started)
+    networks = (server.allowed_networks, server.denied_networks, server.proxy_protocol)
+    assert [list(map(str, each)) for each in networks] == [
+        ["10.0.0.0/8", "::1/128"],
+        ["10.1.0.0/16"],
+        ["10.2.0.1/32"],
+    ]
+
+
+def test_every_option_that_is_not_given_leaves_the_default_to_the_settings() -> None:
+    given = cli.commands.commands["serve"].make_context("serve", [HANDLER, LOOPBACK]).params
+    own = {"target_name", "address_texts", "log_level", "engine"}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert set(given) - own <= names
+    assert {given[name] for name in set(given) - own} <= {None, ()}
+
+
+@pytest.mark.usefixtures("stop_when_serving")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_server_says_when_it_is_ready_and_what_it_did(
     engine: str, capsys: pytest.CaptureFixture[str]
@@ -181,6 +285,7 @@ def test_a_server_says_when_it_is_ready_and_what_it_did(
     assert out == ""
     assert re.fullmatch(
         r"portico: ready on tcp://127\.0\.0\.1:[1-9]\d*\n"
+        r"portico: drained in \d+\.\d s: 0 finished, 0 idle, 0 forced\n"
         r"portico: stopped after \d+\.\d s: 0 requests served\n",
         err,
     )
@@ -190,15 +295,20 @@ def test_each_of_several_servers_says_what_it_did(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = f"unix:{tmp_path}/a.sock"
-    tallies = [Tally(parse(LOOPBACK), 3, 0, 1), Tally(parse(path), 1, 2, 0)]
+    report = DrainReport(4, 2, 1, 1, 1.23, 0.94)
+    tallies = [Tally(parse(LOOPBACK), 3, 0, 1, report), Tally(parse(path), 1, 2, 0)]
     monkeypatch.setattr(service.Service, "run", lambda _: tallies)
     assert status("serve", HANDLER, LOOPBACK, path) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[1] == f"portico: ready on {path}"
-    assert lines[2] == f"portico: {LOOPBACK}: 3 requests served, 1 cut off"
-    assert lines[3] == f"portico: {path}: 1 request served, 2 refused"
+    assert lines[2] == (
+        f"portico: {LOOPBACK}: drained in 1.2 s: 2 finished, 1 idle, 1 forced;"
+        " the longest took 0.9 s"
+    )
+    assert lines[3] == f"portico: {LOOPBACK}: 3 requests served, 1 cut off"
+    assert lines[4] == f"portico: {path}: 1 request served, 2 refused"
     assert re.fullmatch(
-        r"portico: stopped after \d+\.\d s: 4 requests served, 2 refused, 1 cut off", lines[4]
+        r"portico: stopped after \d+\.\d s: 4 requests served, 2 refused, 1 cut off", lines[5]
     )
 
 
@@ -226,6 +336,18 @@ def test_a_failing_loop_is_no_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(service.Service, "run", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["serve", HANDLER, LOOPBACK])
+
+
+def test_handlers_that_were_left_behind_end_with_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the end of an interpreter whose threads still run."""
+    exits: list[int] = []
+    monkeypatch.setattr(service.Service, "run", lambda _: [])
+    monkeypatch.setattr(service.Service, "has_left_handlers", True)
+    monkeypatch.setattr("os._exit", exits.append)
+    assert status("serve", HANDLER, LOOPBACK) == 0
+    assert exits == [0]
 
 
 def test_an_address_in_use_names_who_could_be_asked(capsys: pytest.CaptureFixture[str]) -> None:

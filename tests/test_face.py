@@ -111,6 +111,7 @@ def test_the_public_names_of_portico_are_these() -> None:
             "await_",
             "events",
             "logs",
+            "serve",
             "server_context",
             "sleep",
             "spawn",

@@ -41,7 +41,7 @@ LAYERS = (
     ("portico.families", "portico.handlers"),
     ("portico.engines",),
     ("portico.combinations",),
-    ("portico.service", "portico.target"),
+    ("portico.service", "portico.settings", "portico.target"),
     ("portico",),
     ("portico.cli", "portico.swap"),
     ("portico.__main__",),

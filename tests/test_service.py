@@ -17,8 +17,13 @@ from portico import address, events, service
 from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
 from portico.errors import ListenerError, SettingError
+from portico.lifecycle import DrainReport
 from portico.listener import resolve
 from portico.service import FAMILIES, Service, Tally, server_class
+from portico.settings import Settings
+from tests.support import PATIENCE, Call, eventually, nothing_left_behind
+from tests.support import connect as connect_client
+from tests.tls import Authority
 
 LOOPBACK = "tcp://127.0.0.1:0"
 
@@ -34,8 +39,20 @@ class TellProcess(portico.StreamRequestHandler):
         self.wfile.write(b"%d" % os.getpid())
 
 
-def serving(*texts: str, handler: Any = Echo, engine: str = "threads") -> Service:
-    return Service(handler, [address.parse(text) for text in texts or [LOOPBACK]], engine)
+def serving(*texts: str, handler: Any = Echo, **settings: Any) -> Service:
+    addresses = [address.parse(text) for text in texts or [LOOPBACK]]
+    return Service(handler, addresses, Settings(**settings))
+
+
+def done(tally: Tally) -> tuple[address.Address, int, int, int]:
+    """What a server did, without what became of the connections at its stop."""
+    return tally.address, tally.served, tally.refused, tally.cut_off
+
+
+def drained(tally: Tally) -> tuple[int, int, int]:
+    """How many connections of the drain finished, were idle, were closed."""
+    assert isinstance(tally.drained, DrainReport)
+    return tally.drained.finished, tally.drained.idle, tally.drained.forced
 
 
 @contextmanager
@@ -101,25 +118,80 @@ def test_a_server_is_an_engine_before_a_family(
 ) -> None:
     """And is called like the combination of that name, where there is one."""
     text = f"{scheme}:{tmp_path}/a" if scheme.is_unix else f"{scheme}://127.0.0.1:0"
-    made = server_class(engine, resolve(address.parse(text)))
+    made = server_class(resolve(address.parse(text)), Settings(engine=engine).resolved(1024))
     assert issubclass(made, family)
     prefix = PREFIXES[engine]
     assert made.__name__ == f"{prefix}{family.__name__}"
     assert issubclass(made, getattr(portico, f"{prefix}MixIn", portico.BaseServer))
-    assert made.allow_reuse_address is (scheme == Scheme.TCP)
+    assert made.allow_reuse_address is (scheme in {Scheme.TCP, Scheme.TLS})
 
 
-def test_the_green_engine_may_have_several_hubs() -> None:
+def test_engines_are_set_up_as_they_know_it() -> None:
     place = resolve(address.parse(LOOPBACK))
-    assert vars(server_class("green", place, hubs=4))["max_hubs"] == 4
-    assert "max_hubs" not in vars(server_class("green", place))
+    green = Settings(engine="green", hubs=4)
+    assert vars(server_class(place, green.resolved(1024)))["max_hubs"] == 4
+    assert "max_hubs" not in vars(server_class(place, Settings(engine="green").resolved(1024)))
+    pool = Settings(engine="pool", max_workers=3)
+    assert vars(server_class(place, pool.resolved(1024)))["max_workers"] == 3
 
 
-@pytest.mark.parametrize(("engine", "hubs"), [("threads", 1), ("serial", 2), ("green", 0)])
-def test_other_numbers_of_hubs_are_refused(engine: str, hubs: int) -> None:
-    with pytest.raises(SettingError, match=f"^hubs={hubs}: expected ") as caught:
-        Service(Echo, [address.parse(LOOPBACK)], engine, hubs=hubs)
-    assert (caught.value.name, caught.value.value) == ("hubs", hubs)
+def test_a_server_has_what_protects_it() -> None:
+    with serving(drain_timeout=7, idle_timeout=8, denied_networks=["192.0.2.1"]) as made:
+        (server,) = made._servers
+        assert (server.drain_timeout, server.idle_timeout) == (7, 8)
+        assert (server.request_queue_size, server.handshake_timeout) == (1024, 10)
+        assert [str(network) for network in server.denied_networks] == ["192.0.2.1/32"]
+        limit, of_peer = server.max_connections, server.max_connections_per_peer
+        assert limit is not None
+        assert 0 < limit < service.descriptor_limit()
+        assert of_peer == max(1, limit // 2)
+
+
+def test_the_places_are_shared_between_the_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "descriptor_limit", lambda: 1024)
+    with serving(LOOPBACK, LOOPBACK, LOOPBACK) as made:
+        assert [server.max_connections for server in made._servers] == [256] * 3
+
+
+def test_datagrams_are_not_limited_as_connections_are() -> None:
+    """They keep no place and have no time; without rules they take the short path."""
+    with serving("udp://127.0.0.1:0", handler=print) as made:
+        (server,) = made._servers
+        assert server._guard.gate is None
+        assert server._guard.keeper is None
+
+
+def test_a_process_may_have_all_descriptors_that_it_could_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: asked.append(limits))
+    service.raise_descriptor_limit()
+    assert asked == [(4096, 4096)]
+
+
+def test_a_certificate_that_cannot_be_used_is_told_before_anything_is_bound(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.sock"
+    with pytest.raises(portico.CertificateError, match="no such file"):
+        serving(f"unix:{path}", "tls://127.0.0.1:0", cert=tmp_path / "none.pem")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "expected"),
+    [
+        (["tls://127.0.0.1:0"], {}, r"^cert=None: expected a certificate \(and key"),
+        ([LOOPBACK], {"cert": "cert.pem"}, r"^cert='cert.pem': expected a tls://HOST:PORT address"),
+    ],
+)
+def test_tls_and_certificates_go_together(
+    texts: list[str], settings: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(SettingError, match=expected):
+        serving(*texts, **settings)
 
 
 def test_all_addresses_are_bound_or_none(tmp_path: Path) -> None:
@@ -169,7 +241,7 @@ def test_one_address_is_served_in_the_calling_thread() -> None:
         with connect(made.addresses[0]):
             tallies = made.run()
         assert seen == [(caller, caller)]
-        assert tallies == [Tally(made.addresses[0], served=1, refused=0, cut_off=0)]
+        assert [done(tally) for tally in tallies] == [(made.addresses[0], 1, 0, 0)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -189,27 +261,83 @@ def test_each_request_is_counted_where_it_was_served(
             if process != os.getpid():
                 with suppress(ChildProcessError):  # the server was faster
                     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-    assert future.result() == [
-        Tally(where, served=3 if where == first else 1, refused=0, cut_off=0)
-        for where in (first, *others)
+    assert [done(tally) for tally in future.result()] == [
+        (where, 3 if where == first else 1, 0, 0) for where in (first, *others)
     ]
 
 
-@pytest.mark.parametrize("engine", ["threads", "forks", "pool"])
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "serial"])
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_client_that_stays_is_cut_off(engine: str, number: int) -> None:
-    """It is told at the end, and nobody waits for it."""
-    made = serving(*[LOOPBACK] * number, engine=engine)
+def test_an_idle_client_is_given_end_of_file(engine: str, number: int) -> None:
+    """Its handler ends by itself, and the stop does not wait for its time to be over."""
+    made = serving(*[LOOPBACK] * number, engine=engine, drain_timeout=PATIENCE)
     first, *others = made.addresses
     with connect(first) as client:
         with running(made) as future:
             echo(client)
-        assert future.result() == [
-            Tally(first, served=0, refused=0, cut_off=1),
-            *(Tally(where, served=0, refused=0, cut_off=0) for where in others),
-        ]
-        if engine == "forks":  # a thread ends with the program, a process has to be told
-            assert client.recv(64) == b""
+        tallies = future.result(PATIENCE)
+        assert client.recv(64) == b""
+    assert [done(tally) for tally in tallies] == [
+        (first, 1, 0, 0),
+        *((where, 0, 0, 0) for where in others),
+    ]
+    assert [drained(tally) for tally in tallies] == [(0, 1, 0), *[(0, 0, 0)] * len(others)]
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "serial", "forks"])
+def test_a_busy_client_is_answered_before_the_end(engine: str, tmp_path: Path) -> None:
+    """The handler is at work when the stop comes, and finishes."""
+    release = tmp_path / "release"
+
+    class Work(portico.StreamRequestHandler):
+        def handle(self) -> None:
+            question = self.rfile.readline()
+            pause = 0.01
+            while not release.exists():
+                portico.sleep(pause) if engine == "green" else threading.Event().wait(pause)
+            self.wfile.write(question.upper())
+
+    made = serving(handler=Work, engine=engine, drain_timeout=PATIENCE)
+    with running(made) as future, connect(made.addresses[0]) as client:
+        client.sendall(b"word\n")
+        eventually(lambda: made._servers[0]._guard.connections or len(_children_of(made)))
+        made.stop()
+        (server,) = made._servers
+        assert server.draining.wait(PATIENCE)
+        release.touch()
+        assert client.makefile("rb").read() == b"WORD\n"
+        (tally,) = future.result(PATIENCE)
+    assert done(tally) == (made.addresses[0], 1, 0, 0)
+    assert drained(tally) == (1, 0, 0)
+
+
+def _children_of(made: Service) -> Any:
+    return getattr(made._servers[0], "active_children", None) or ()
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "serial", "forks"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_busy_client_is_cut_off_when_the_time_is_over(engine: str, number: int) -> None:
+    """It is told at the end: as closed by the drain, and as a request that was not served."""
+
+    class Await(portico.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.rfile.readline()  # the last word is the client's: it is the server's turn
+
+    made = serving(*[LOOPBACK] * number, handler=Await, engine=engine, drain_timeout=0.3)
+    first, *others = made.addresses
+    with running(made) as future, connect(first) as client:
+        client.sendall(b"word\n")
+        eventually(lambda: made._servers[0]._guard.connections or len(_children_of(made)))
+        made.stop()
+        tallies = future.result(PATIENCE)
+        assert client.recv(64) == b""
+    assert [done(tally) for tally in tallies] == [
+        (first, 0, 0, 1),
+        *((where, 0, 0, 0) for where in others),
+    ]
+    assert drained(tallies[0]) == (0, 0, 1)
 
 
 def test_a_datagram_is_a_request() -> None:
@@ -225,7 +353,7 @@ def test_a_datagram_is_a_request() -> None:
         with running(made) as future, closed(1):
             client.sendto(b"word", (where.host, where.port))
             assert client.recv(64) == b"word"
-    assert future.result() == [Tally(where, served=1, refused=0, cut_off=0)]
+    assert [done(tally) for tally in future.result()] == [(where, 1, 0, 0)]
 
 
 def test_a_refused_request_was_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +361,7 @@ def test_a_refused_request_was_not_served(monkeypatch: pytest.MonkeyPatch) -> No
     made = serving()
     with running(made) as future, connect(made.addresses[0]) as client:
         assert client.recv(64) == b""
-    assert future.result() == [Tally(made.addresses[0], served=0, refused=1, cut_off=0)]
+    assert [done(tally) for tally in future.result()] == [(made.addresses[0], 0, 1, 0)]
 
 
 def test_requests_of_other_servers_are_not_counted() -> None:
@@ -242,7 +370,7 @@ def test_requests_of_other_servers_are_not_counted() -> None:
     with running(made) as future, running(other), closed(1), connect(where) as client:
         echo(client)
         client.shutdown(socket.SHUT_WR)
-    assert future.result() == [Tally(made.addresses[0], served=0, refused=0, cut_off=0)]
+    assert [done(tally) for tally in future.result()] == [(made.addresses[0], 0, 0, 0)]
 
 
 def test_stop_comes_before_run_or_after_it() -> None:
@@ -282,6 +410,69 @@ def test_what_ends_a_loop_is_raised_when_the_others_have_stopped(
     made.close()
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stop_before_the_loop_has_begun_drains_what_has_come(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Whoever has connected is served, although the loop ends at once."""
+    asked = threading.Event()
+    drain, serve_forever = portico.TCPServer.drain, portico.TCPServer.serve_forever
+
+    def note(server: portico.TCPServer, timeout: float | None = None) -> object:
+        try:
+            return drain(server, timeout)
+        except portico.PhaseError:
+            asked.set()
+            raise
+
+    def wait(server: portico.TCPServer, poll_interval: float = 0.5) -> None:
+        assert asked.wait(PATIENCE)
+        serve_forever(server, poll_interval)
+
+    monkeypatch.setattr(portico.TCPServer, "drain", note)
+    monkeypatch.setattr(portico.TCPServer, "serve_forever", wait)
+    made = serving(*[LOOPBACK] * number)
+    with connect(made.addresses[0]) as client:
+        client.sendall(b"word\n")
+        made.stop()
+        tallies = made.run()
+        assert client.makefile("rb").read() == b"word\n"
+    assert [tally.served for tally in tallies] == [1, 0][:number]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_ends_a_drain_is_raised(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(server: portico.TCPServer, *_: object) -> None:
+        server.shutdown()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(portico.TCPServer, "drain", fail)
+    made = serving(*[LOOPBACK] * number)
+    with running(made) as future:
+        made.stop()
+        assert isinstance(future.exception(PATIENCE), ZeroDivisionError)
+
+
+def test_a_loop_that_fails_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with nothing_left_behind():
+        monkeypatch.setattr(portico.TCPServer, "serve_forever", fail)
+        with serving() as made, pytest.raises(ZeroDivisionError):
+            made.run()
+
+
+def test_a_limit_that_the_system_does_not_grant_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr("resource.setrlimit", refuse)
+    service.raise_descriptor_limit()
+
+
 # ---------------------------------------------------------------------------------------- signals
 
 
@@ -315,7 +506,7 @@ def test_a_handler_that_holds_the_loop_is_interrupted(
     monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """At the second signal, or else when its time is up."""
-    monkeypatch.setattr(service, "STOP_PATIENCE", 3600 if again else 0.01)
+    monkeypatch.setattr(service, "STOP_PATIENCE", 0.1)
     ended: list[BaseException] = []
 
     def handler(_: object, __: object, ___: object) -> None:
@@ -328,34 +519,122 @@ def test_a_handler_that_holds_the_loop_is_interrupted(
             ended.append(error)
             raise
 
-    made = serving(handler=handler, engine="serial")
+    made = serving(handler=handler, engine="serial", drain_timeout=3600 if again else 0.1)
     with made.stopped_by_signals(), connect(made.addresses[0]) as client:
-        tallies = made.run()
+        (tally,) = made.run()
         assert client.recv(64) == b""
     assert [type(error) for error in ended] == [KeyboardInterrupt]
-    assert tallies == [Tally(made.addresses[0], served=0, refused=0, cut_off=1)]
+    assert done(tally) == (made.addresses[0], 0, 0, 1)
+    assert again or drained(tally) == (0, 0, 1)
 
 
-def test_handlers_that_hold_their_loops_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that are no main thread cannot be interrupted; they end with the program."""
-    monkeypatch.setattr(service, "STOP_PATIENCE", 0.01)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_second_signal_ends_the_drain_at_once(number: int) -> None:
+    """Who waits for a handler in another thread is told by the count."""
     release, entered = threading.Event(), threading.Event()
 
     def handler(_: object, __: object, ___: object) -> None:
         entered.set()
-        release.wait(10)
+        release.wait(PATIENCE)
 
-    made = serving(LOOPBACK, LOOPBACK, handler=handler, engine="serial")
+    made = serving(*[LOOPBACK] * number, handler=handler, drain_timeout=None)
+    first = made.addresses[0]
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def stop_twice() -> None:
+        with connect(first):
+            assert entered.wait(PATIENCE)
+            signal.pthread_kill(main, signal.SIGTERM)
+            assert made._servers[0].draining.wait(PATIENCE)
+            signal.pthread_kill(main, signal.SIGTERM)
+            assert release.wait(PATIENCE)
+
+    with made.stopped_by_signals():
+        stopping = Call(stop_twice)
+        try:
+            tally, *_ = made.run()
+            assert made.has_left_handlers
+        finally:
+            release.set()
+        stopping.result()
+    assert (done(tally), tally.drained) == ((first, 0, 0, 1), None)
+
+
+def test_handlers_that_hold_their_loops_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that are no main thread cannot be interrupted; they end with the program."""
+    monkeypatch.setattr(service, "STOP_PATIENCE", 0.1)
+    release, entered = threading.Event(), threading.Event()
+
+    def handler(_: object, __: object, ___: object) -> None:
+        entered.set()
+        release.wait(PATIENCE)
+
+    made = serving(LOOPBACK, LOOPBACK, handler=handler, engine="serial", drain_timeout=0.1)
     first, second = made.addresses
     try:
         with running(made) as future, connect(first):
             assert entered.wait(10)
-        assert future.result() == [
-            Tally(first, served=0, refused=0, cut_off=1),
-            Tally(second, served=0, refused=0, cut_off=0),
-        ]
+            made.stop()
+            assert [done(tally) for tally in future.result(PATIENCE)] == [
+                (first, 0, 0, 1),
+                (second, 0, 0, 0),
+            ]
     finally:
         release.set()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_signal_of_the_program_stops_nothing(number: int) -> None:
+    """Nor does an idle service wake now and then to look for signals."""
+    main = threading.main_thread().ident
+    assert main is not None
+    noticed = threading.Event()
+    made = serving(*[LOOPBACK] * number)
+
+    def talk() -> None:
+        try:
+            with connect(made.addresses[0]) as client:
+                echo(client)
+                signal.pthread_kill(main, signal.SIGUSR1)
+                assert noticed.wait(PATIENCE)
+                echo(client)
+            with connect(made.addresses[0]) as client:
+                echo(client)
+        finally:
+            signal.pthread_kill(main, signal.SIGTERM)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: noticed.set())
+    try:
+        with made.stopped_by_signals():
+            talking = Call(talk)
+            tally, *_ = made.run()
+        talking.result()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert tally.served == 2
+
+
+def test_a_signal_is_noticed_where_the_program_hears_of_signals_itself() -> None:
+    """Its descriptor stays; the service looks from time to time."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def stop(_: events.Event) -> None:
+        signal.pthread_kill(main, signal.SIGTERM)
+
+    unsubscribe = events.subscribe(stop, events.ServerStarted)
+    try:
+        with serving(LOOPBACK, LOOPBACK) as made, made.stopped_by_signals():
+            assert [tally.served for tally in made.run()] == [0, 0]
+    finally:
+        unsubscribe()
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_an_alarm_of_the_program_goes_on() -> None:
@@ -368,3 +647,116 @@ def test_an_alarm_of_the_program_goes_on() -> None:
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 1800
     finally:
         signal.setitimer(signal.ITIMER_REAL, remaining)
+
+
+# ---------------------------------------------------------------------------------- portico.serve
+
+
+@contextmanager
+def served(*arguments: Any, number: int = 1, **settings: Any) -> Iterator[list[Any]]:
+    """Call `portico.serve` in a thread; gives the servers, which are drained at the end."""
+    ready = threading.Semaphore(0)
+    servers: list[Any] = []
+
+    def note(event: events.Event) -> None:
+        servers.append(event.server)
+        ready.release()
+
+    unsubscribe = events.subscribe(note, events.ServerStarted)
+    with nothing_left_behind():
+        call = Call(lambda: portico.serve(*arguments, **settings))
+        try:
+            for _ in range(number):
+                assert ready.acquire(timeout=PATIENCE)
+            yield servers
+        finally:
+            unsubscribe()
+            for server in servers:
+                server.drain()
+            assert len(call.result()) == number
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_serve_serves_in_any_thread_until_its_servers_are_drained(engine: str) -> None:
+    with served(Echo, LOOPBACK, "tcp://localhost:0", number=2, engine=engine) as servers:
+        for server in servers:
+            with connect_client(server) as client:  # of which a child gets no copy
+                echo(client)
+
+
+def test_serve_takes_parsed_addresses_and_settings() -> None:
+    where = address.parse(LOOPBACK)
+    with served(Echo, where, max_connections=1, when_full="refuse", farewell=b"full\n") as servers:
+        (server,) = servers
+        with connect(server.address) as client:
+            echo(client)
+            with connect(server.address) as other:
+                assert other.recv(64) == b"full\n"
+
+
+def test_serve_speaks_tls(authority: Authority) -> None:
+    pair = authority.issue()
+    files: dict[str, Any] = {"cert": pair.certificate, "key": pair.key}
+    with served(Echo, "tls://127.0.0.1:0", **files) as (server,):
+        assert str(server.address).startswith("tls://127.0.0.1:")
+        with authority.client().wrap_socket(
+            connect(server.address), server_hostname="localhost"
+        ) as client:
+            echo(client)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_refused"), [(None, True), ("required", True), ("optional", False)]
+)
+def test_serve_asks_clients_for_certificates(
+    authority: Authority, wanted: str | None, is_refused: bool
+) -> None:
+    pair = authority.issue()
+    settings: dict[str, Any] = {
+        "cert": pair.certificate,
+        "key": pair.key,
+        "client_ca": authority.certificate,
+        "client_certificates": wanted,
+    }
+    with served(Echo, "tls://127.0.0.1:0", **settings) as (server,):
+        context = authority.client(authority.issue("client"))
+        with context.wrap_socket(connect(server.address), server_hostname="localhost") as client:
+            echo(client)
+        with authority.client().wrap_socket(
+            connect(server.address), server_hostname="localhost"
+        ) as client:
+            if is_refused:  # in TLS 1.3 the client learns of it when it reads
+                with pytest.raises(OSError, match=r"(?i)certificate required|reset"):
+                    client.recv(64)
+            else:
+                echo(client)
+
+
+def test_serve_in_the_main_thread_is_stopped_by_a_signal() -> None:
+    unsubscribe = events.subscribe(
+        lambda _: signal.raise_signal(signal.SIGINT), events.ServerStarted
+    )
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        (tally,) = portico.serve(Echo, LOOPBACK)
+    finally:
+        unsubscribe()
+    assert drained(tally) == (0, 0, 0)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "kind", "expected"),
+    [
+        ([], {}, SettingError, r"addresses=\(\): expected at least one"),
+        (["9000"], {}, portico.AddressError, "expected tcp://:9000"),
+        ([LOOPBACK], {"idel_timeout": 5}, SettingError, "the name of a setting: 'idle_timeout'"),
+        ([LOOPBACK], {"engine": "thread"}, SettingError, "engine='thread': expected 'threads'"),
+        (["udp://:0"], {}, portico.PorticoError, "cannot serve 'Echo': it handles streams"),
+    ],
+)
+def test_what_serve_is_told_wrongly_is_named(
+    arguments: list[str], settings: dict[str, Any], kind: type[Exception], expected: str
+) -> None:
+    with pytest.raises(kind, match=expected):
+        portico.serve(Echo, *arguments, **settings)

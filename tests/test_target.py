@@ -251,6 +251,7 @@ def test_what_is_no_handler_is_told_so(folder: Path, name: str, expected: str) -
 @pytest.mark.parametrize(
     ("handler", "scheme", "expected"),
     [
+        (portico.DatagramRequestHandler, Scheme.TLS, "it handles datagrams, which come to udp:"),
         (portico.DatagramRequestHandler, Scheme.TCP, "it handles datagrams, which come to udp:"),
         (portico.DatagramRequestHandler, Scheme.UNIX, "datagrams, which come to unix-datagram:"),
         (portico.StreamRequestHandler, Scheme.UDP, "it handles streams, which come to tcp:"),
@@ -270,7 +271,7 @@ def test_a_handler_is_for_streams_or_for_datagrams(
 @pytest.mark.parametrize(
     ("handler", "schemes"),
     [
-        (portico.StreamRequestHandler, {Scheme.TCP, Scheme.UNIX}),
+        (portico.StreamRequestHandler, {Scheme.TCP, Scheme.TLS, Scheme.UNIX}),
         (portico.DatagramRequestHandler, {Scheme.UDP, Scheme.UNIX_DATAGRAM}),
         (portico.BaseRequestHandler, {*Scheme}),
         (print, {*Scheme}),

@@ -17,6 +17,7 @@ A server is an engine in front of a family::
   ``async def handle``;
 - helpers that mean the same in every engine: `to_thread`, `await_`, `sleep`, `spawn`,
   `timeout`;
+- `serve`, which serves a handler at addresses with every protection on, until a signal;
 - TLS: `server_context`, and `Certificates`, which notices when its files are exchanged.
 
 What happens in a server can be watched: `portico.events`, `portico.logs`.
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
         AsyncDatagramRequestHandler,
         AsyncStreamRequestHandler,
     )
+    from portico.service import serve
 
 __version__ = "0.1.0"
 
@@ -137,6 +139,7 @@ __all__ = [
     "await_",
     "events",
     "logs",
+    "serve",
     "server_context",
     "sleep",
     "spawn",
@@ -154,14 +157,15 @@ _ON_DEMAND: Final = {
     "GreenUnixDatagramServer": "engines.green.combinations",
     "GreenUnixStreamServer": "engines.green.combinations",
     "await_": "engines.green.bridge",
+    "serve": "service",
     "server_context": "certificates",
     "sleep": "engines.green.bridge",
     "spawn": "engines.green.bridge",
     "timeout": "engines.green.bridge",
     "to_thread": "engines.green.bridge",
 }
-"""Names that stand on greenlet and asyncio, or on ssl, and their modules: imported when they are
-asked for, so that whoever needs threads alone pays for none of these."""
+"""Names that stand on greenlet and asyncio, on ssl, or on all that a service needs, and their
+modules: imported when they are asked for, so that whoever needs threads alone pays for none."""
 
 _REPLACEABLE: Final = {
     "BufferedIOBase": BufferedIOBase,

@@ -8,6 +8,7 @@ port or a path can be had is for `portico.listener` to find out.  The notation::
     tcp://[fe80::1%eth0]:9000  one that needs its interface
     tcp://localhost:9000       a host name: its first address, IPv4 before IPv6
     tcp://:9000                every address of the machine, IPv6 and IPv4
+    tls://...                  the same, and TLS is spoken over it
     udp://...                  the same for datagrams
     unix:/run/echo.sock        a path; unix:///run/echo.sock is another spelling
     unix:@echo                 a name in Linux's abstract namespace
@@ -33,7 +34,7 @@ from portico.errors import AddressError
 UNIX_PATH_SIZE = 107 if sys.platform == "linux" else 103
 """Bytes that a Unix path, or an abstract name, may have: ``sun_path`` without its last byte."""
 
-_SCHEMES = "tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"
+_SCHEMES = "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"
 _HOST_AND_PORT = re.compile(r"//(?:\[([^\[\]]*)\]|([^:\[\]]*)):([0-9]{1,5})")
 _INTERFACE = re.compile(r"[A-Za-z0-9._-]{1,15}")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -46,6 +47,7 @@ class Scheme(StrEnum):
     """What an address begins with: the kind of server that listens there."""
 
     TCP = "tcp"
+    TLS = "tls"
     UDP = "udp"
     UNIX = "unix"
     UNIX_DATAGRAM = "unix-datagram"
@@ -56,10 +58,14 @@ class Scheme(StrEnum):
         return self in {Scheme.UNIX, Scheme.UNIX_DATAGRAM}
 
     @property
+    def is_datagram(self) -> bool:
+        """Whether a request is a datagram, and not a connection."""
+        return self in {Scheme.UDP, Scheme.UNIX_DATAGRAM}
+
+    @property
     def socket_type(self) -> socket.SocketKind:
         """Streams or datagrams."""
-        datagrams = self in {Scheme.UDP, Scheme.UNIX_DATAGRAM}
-        return socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM
+        return socket.SOCK_DGRAM if self.is_datagram else socket.SOCK_STREAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class InternetAddress:
     """A host and a port.
 
     Attributes:
-        scheme: `Scheme.TCP` or `Scheme.UDP`.
+        scheme: `Scheme.TCP`, `Scheme.TLS` or `Scheme.UDP`.
         host: An IPv4 or IPv6 address in its canonical form, a host name in lower case, or an
             empty text for every address of the machine.
         port: 0 to 65535; 0 lets the system choose.

@@ -1,26 +1,33 @@
 """Read the command line, and say what happens: ``portico serve`` and ``portico run``.
 
 Owns the words on the terminal and the exit status: 0 after a stop, 2 for what was asked wrongly.
+An option of ``portico serve`` that is not given leaves the default to `portico.settings`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import IO, Any, Final, NoReturn
+from typing import IO, Any, Final, NoReturn, TypeVar
 
 import click
 
 import portico
 from portico import address, logs, swap, target
-from portico.engines import ENGINES, HUBS_OF, settings
-from portico.errors import PorticoError
-from portico.service import Service, Tally
+from portico.engines import ENGINES, HUBS_OF, WORKERS_OF
+from portico.engines import settings as engine_settings
+from portico.errors import PorticoError, SettingError
+from portico.gate import WhenFull
+from portico.service import Service, Tally, raise_descriptor_limit
+from portico.settings import AUTO, CLIENT_CERTIFICATES, Settings
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
@@ -45,6 +52,114 @@ _hubs_option = click.option(
 )
 
 
+_DEFAULTS: Final = Settings()
+
+NO_LIMIT: Final = "none"
+"""What stands for no limit on the command line."""
+
+
+def _whole(name: str, text: str) -> object:
+    """Read a number of connections."""
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    if text == AUTO:
+        return text
+    raise SettingError(name, text, f"a whole number, {AUTO!r}, or {NO_LIMIT} for no limit")
+
+
+def _seconds(name: str, text: str) -> object:
+    """Read a time."""
+    try:
+        return float(text)
+    except ValueError:
+        expected = f"a number of seconds, or {NO_LIMIT} for no limit"
+        raise SettingError(name, text, expected) from None
+
+
+def _workers(name: str, text: str) -> object:
+    """Read a number of threads."""
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    raise SettingError(name, text, "1 or more")
+
+
+READERS: Final[Mapping[str, Callable[[str, str], object]]] = {
+    "max_workers": _workers,
+    "max_connections": _whole,
+    "max_connections_per_peer": _whole,
+    "handshake_timeout": _seconds,
+    "idle_timeout": _seconds,
+    "request_timeout": _seconds,
+    "drain_timeout": _seconds,
+}
+"""The settings that are numbers, or ``none``."""
+
+
+def _limit_option(name: str, metavar: str, words: str) -> Callable[[_Command], _Command]:
+    """Return the option for a setting that is a number or ``none``."""
+    default = getattr(_DEFAULTS, name)
+    shown = NO_LIMIT if default is None else f"{default:g}" if default != AUTO else AUTO
+    return click.option(
+        f"--{name.replace('_', '-')}", name, metavar=metavar, help=f"{words}  [default: {shown}]"
+    )
+
+
+def _networks_option(
+    flag: str, name: str, words: str, metavar: str = "NETWORK"
+) -> Callable[[_Command], _Command]:
+    """Return the option for a setting that is several networks."""
+    return click.option(flag, name, multiple=True, metavar=metavar, help=words)
+
+
+def _protected(command: _Command) -> _Command:
+    """Give a command the options of what protects it."""
+    words = "|".join(word.value for word in WhenFull)
+    for option in (
+        click.option(
+            "--max-workers",
+            metavar="N",
+            help=f"Threads of the {WORKERS_OF} engine at most.  [default: 64]",
+        ),
+        _limit_option("max_connections", "N", "Connections at once, at each address."),
+        _limit_option("max_connections_per_peer", "N", "Those of one client's address."),
+        click.option(
+            "--when-full",
+            metavar=f"[{words}]",
+            help="What becomes of a client for whom there is no place.  [default: wait]",
+        ),
+        _networks_option(
+            "--allow", "allowed_networks", "Who may come, such as 10.0.0.0/8 or ::1; repeatable."
+        ),
+        _networks_option("--deny", "denied_networks", "Who may not; repeatable."),
+        _limit_option("handshake_timeout", "SECONDS", "For the TLS handshake and PROXY header."),
+        _limit_option("idle_timeout", "SECONDS", "A connection without a byte ends after these."),
+        _limit_option("request_timeout", "SECONDS", "Any connection ends after these."),
+        _limit_option("drain_timeout", "SECONDS", "For open connections to finish at the stop."),
+        click.option(
+            "--cert", metavar="FILE", help="Certificate of tls:// addresses; read when it changes."
+        ),
+        click.option("--key", metavar="FILE", help="Its key, if it is in another file."),
+        click.option(
+            "--client-ca",
+            metavar="FILE",
+            help="Authorities of client certificates, which are required then.",
+        ),
+        click.option(
+            "--client-certificates",
+            metavar=f"[{'|'.join(CLIENT_CERTIFICATES)}]",
+            help="Whether a client needs one.  [default: required with --client-ca]",
+        ),
+        _networks_option(
+            "--proxy-protocol",
+            "proxy_protocol",
+            "Proxies whose PROXY header is believed; repeatable.",
+            "FROM",
+        ),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(portico.__version__, prog_name="portico", message="%(prog)s %(version)s")
 def commands() -> None:
@@ -62,6 +177,7 @@ def commands() -> None:
     help="What runs the handlers.",
 )
 @_hubs_option
+@_protected
 @click.option(
     "--log-level",
     type=click.Choice(LOG_LEVELS),
@@ -73,10 +189,9 @@ def serve(
     target_name: str,
     address_texts: tuple[str, ...],
     *,
-    engine: str,
-    hubs: int | None,
     log_level: str,
-) -> None:
+    **options: Any,
+) -> Callable[[], None] | None:
     """Serve a handler at each ADDRESS until SIGINT or SIGTERM.
 
     \b
@@ -85,25 +200,30 @@ def serve(
       tcp://127.0.0.1:9000    port 0 lets the system choose
       tcp://[::1]:9000        IPv6
       tcp://:9000             every address of this machine, IPv6 and IPv4
+      tls://127.0.0.1:9443    TCP with TLS; needs --cert
       udp://127.0.0.1:9000    datagrams
       unix:/run/echo.sock     a path; unix:@echo is an abstract name
       unix-datagram:/run/echo.sock
+
+    A limit is a number, or none.
     """  # noqa: D301  # \b is click's, and keeps the lines apart
     with _refused():
-        settings(engine, hubs=hubs)  # looked at first: nothing of the target's has run yet
+        settings = _read(options)  # looked at first: nothing of the target's has run yet
         handler = target.load(target_name)
         addresses = [address.parse(text) for text in address_texts]
         for each in addresses:
             target.check_scheme(target_name, handler, each.scheme)
+    raise_descriptor_limit()
     with _logged(log_level):
         with _refused():
-            serving = Service(handler, addresses, engine, hubs=hubs)
+            serving = Service(handler, addresses, settings)
         with serving, serving.stopped_by_signals():
             for bound in serving.addresses:
                 _say(f"ready on {bound}")
             started = time.monotonic()
             tallies = serving.run()
             _report(tallies, time.monotonic() - started)
+    return _leave if serving.has_left_handlers else None
 
 
 @commands.command(context_settings={"allow_interspersed_args": False})
@@ -128,7 +248,7 @@ def run(
     What follows the program belongs to the program.
     """
     with _refused():
-        settings(engine, hubs=hubs)
+        engine_settings(engine, hubs=hubs)
     # Returned, and not called: what the program raises is not for click to catch.
     return partial(_run_program, program, args, engine=engine, hubs=hubs, is_module=is_module)
 
@@ -174,6 +294,37 @@ def _of_program(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
+def _leave() -> None:
+    """End the process at once, with the handlers that still run in it.
+
+    Python would take itself down under them, and a thread that is ended in the middle of a greenlet
+    takes the process with it (SIGSEGV).  The program's exit handlers do not run.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(0)
+
+
+def _read(options: Mapping[str, Any]) -> Settings:
+    """Make settings of the options that were given.
+
+    Raises:
+        SettingError: One of them is wrong.
+    """
+    values: dict[str, Any] = {}
+    for name, given in options.items():
+        if given is None or given == ():
+            continue
+        read = READERS.get(name)
+        if read is None:
+            values[name] = given
+        else:
+            values[name] = None if given.lower() == NO_LIMIT else read(name, given.lower())
+    return Settings.read(values)
+
+
 @contextmanager
 def _refused() -> Generator[None]:
     """Turn what is wrong with the command line into one line for its user."""
@@ -196,10 +347,13 @@ def _logged(level: str) -> Generator[None]:
 
 
 def _report(tallies: Sequence[Tally], seconds: float) -> None:
-    """Say what was done, for each address when there are several."""
-    if len(tallies) > 1:
-        for tally in tallies:
-            _say(f"{tally.address}: {_counts([tally])}")
+    """Say what became of the open connections and what was done, for each of several addresses."""
+    for tally in tallies:
+        where = f"{tally.address}: " if len(tallies) > 1 else ""
+        if tally.drained is not None and not tally.address.scheme.is_datagram:
+            _say(f"{where}{tally.drained}")
+        if where:
+            _say(f"{where}{_counts([tally])}")
     _say(f"stopped after {seconds:.1f} s: {_counts(tallies)}")
 
 

@@ -10,10 +10,10 @@ import os
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from math import inf
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -129,6 +129,32 @@ class Drain:
             if not step() or remaining <= 0:
                 return
             wait(self._changed, min(LOOK_INTERVAL, remaining))
+
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """See to the connections from a thread of its own while the block runs.
+
+        On the serial engine a handler holds whoever runs it, the serving loop or the drain itself:
+        nobody else would give its idle peer end-of-file, or close it at the deadline.
+        """
+        is_done = Event()
+        watcher = Thread(target=self._watch, args=(is_done,), name="portico drain", daemon=True)
+        try:
+            watcher.start()
+        except RuntimeError:  # the system has no thread left; the others need none
+            yield
+            return
+        try:
+            yield
+        finally:
+            is_done.set()
+            watcher.join()
+
+    def _watch(self, is_done: Event) -> None:
+        while not is_done.wait(LOOK_INTERVAL):
+            self.look()
+            if monotonic() >= self.deadline:
+                self._close_rest()
 
     def _open(self) -> int:
         with self._lock:

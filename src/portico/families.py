@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from portico.preamble import Preamble
     from portico.proxy import Header
 
-    StrPath = str | os.PathLike[str]
+    _StrPath = str | os.PathLike[str]
 
 IP_FAMILIES: Final = frozenset({socket.AF_INET, socket.AF_INET6})
 """Where several sockets may share a port.
@@ -81,7 +81,7 @@ class TCPServer(BaseServer):
     allow_reuse_port: bool = False
     """Whether several IP sockets may be bound to this port; other families ignore it."""
 
-    ssl_context: ssl.SSLContext | Certificates | tuple[StrPath, StrPath] | None = None
+    ssl_context: ssl.SSLContext | Certificates | tuple[_StrPath, _StrPath] | None = None
     """How to speak TLS: a context, `portico.Certificates`, or the paths of a certificate and its
     key, which are read again when they change; ``None`` for no TLS.
 
@@ -217,7 +217,7 @@ class TCPServer(BaseServer):
             return request, client_address
         return preamble.pass_by(self, request, client_address)
 
-    def proxy_header(self, request: Request) -> Header | None:
+    def proxy_header(self, request: Any) -> Header | None:
         """Return what a proxy said of a connection; ``None`` if it said nothing.
 
         To be called while the connection is open, by its handler for example.

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from portico.address import Address, InternetAddress, Scheme, UnixAddress, from_socket_name
+from portico.address import Address, InternetAddress, UnixAddress, from_socket_name
 from portico.errors import ListenerError
 from portico.holders import Holder, find_holders
 
@@ -325,7 +325,7 @@ def _in_use(place: Place) -> str:
         return "in use by this very process; is the address given twice?"
     if holders:
         return f"in use by {_named(holders)}"
-    command = {Scheme.TCP: "-ltnp", Scheme.UDP: "-lunp"}.get(scheme, "-lxp")
+    command = "-lxp" if scheme.is_unix else "-lunp" if scheme.is_datagram else "-ltnp"
     return f"in use; `ss {command}`, run as root, names the process"
 
 

@@ -326,10 +326,11 @@ class BaseServer:
         """Do what `drain` says, in the thread that asked for it first."""
         try:
             self.draining.set()
-            self.shutdown()
-            if DrainStarted.subscribers:
-                emit(DrainStarted(self, self._guard.open, limit))
-            self.__accept_rest(drain)
+            with drain.watched():
+                self.shutdown()
+                if DrainStarted.subscribers:
+                    emit(DrainStarted(self, self._guard.open, limit))
+                self.__accept_rest(drain)
             self.__clear_lobby()
             self.__release_room()
             if self._replies_by_listener:
@@ -597,6 +598,8 @@ class BaseServer:
         self._guard.read_settings()
         with self.__lock:  # a shutdown() from now on waits for this loop
             if self.__shutdown_request or self.__phase is Phase.DRAINING:
+                if self.__phase is Phase.CREATED:  # it was asked to serve, and to stop
+                    self.__phase = move(move(self.__phase, Phase.SERVING), Phase.STOPPED)
                 return None
             if is_open(self) and not is_listening(self):
                 raise ListenerError(

@@ -1,28 +1,35 @@
 """Run servers of one handler side by side: one for each address, started and stopped together.
 
-Owns how a server is put together from an engine and an address, which of its loops runs in which
-thread, and the count of what was served.  Leaves serving to the servers.
+Owns how a server is put together from settings and an address, which of its loops runs in which
+thread, how a signal drains all of them, and the count of what was served.  Leaves serving and
+draining to the servers, and what is allowed to `portico.settings`.
 """
 
 from __future__ import annotations
 
 import os
 import pkgutil
+import resource
 import select
 import signal
+import socket
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from math import ceil, inf
+from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from portico import listener
 from portico.acceptor import Wakeup
-from portico.address import Address, Scheme
-from portico.engines import ENGINES, settings
+from portico.address import Address, Scheme, parse
+from portico.drain import LAST_WORDS
+from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
+from portico.errors import PhaseError, SettingError
 from portico.events import (
     CloseReason,
     ConnectionAccepted,
@@ -32,27 +39,54 @@ from portico.events import (
     subscribe,
 )
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
+from portico.lifecycle import DrainReport
 from portico.listener import Place, SocketFile
-from portico.target import Handler
+from portico.settings import Settings, SettingValues
+from portico.target import Handler, check_scheme
 
 if TYPE_CHECKING:
+    from portico.certificates import Certificates
+
     _Base: TypeAlias = TCPServer
 else:
     _Base = object
 
 FAMILIES: Final[Mapping[Scheme, type[TCPServer]]] = {
     Scheme.TCP: TCPServer,
+    Scheme.TLS: TCPServer,
     Scheme.UDP: UDPServer,
     Scheme.UNIX: UnixStreamServer,
     Scheme.UNIX_DATAGRAM: UnixDatagramServer,
 }
 """The family that serves each scheme."""
 
-STOP_PATIENCE: Final = 0.5
-"""Seconds that a loop has to end in, after it was asked to.
+STOP_PATIENCE: Final = 2 * LAST_WORDS
+"""Seconds that a loop still has after the time of its drain.
 
-A loop ends at once unless a handler runs in it.  It is half of the second within which a signal
-is to stop a service."""
+A handler that holds its loop has been given end-of-file by then, or its connection was closed, and
+it had its last words; one that does not even notice that is interrupted, or left behind."""
+
+SIGNAL_INTERVAL: Final = 0.5
+"""Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
+
+OF_EVERY_KIND: Final = ("accept_rate", "accept_burst", "allowed_networks", "denied_networks")
+"""Settings of every server under the same name."""
+
+OF_CONNECTIONS: Final = (
+    "max_connections",
+    "max_connections_per_peer",
+    "when_full",
+    "farewell",
+    "handshake_timeout",
+    "idle_timeout",
+    "request_timeout",
+    "minimum_rate",
+    "proxy_protocol",
+)
+"""Those of servers whose requests are connections: a datagram has no place and no time."""
+
+CUT: Final = frozenset({CloseReason.INTERRUPTED, CloseReason.CUT, CloseReason.DEADLINE})
+"""Why connections close under their handlers."""
 
 
 class AddressedMixIn(_Base):
@@ -65,6 +99,7 @@ class AddressedMixIn(_Base):
     """Where the server belongs."""
 
     _file: SocketFile | None = None
+    _process: int | None = None
 
     @property
     def address(self) -> Address:
@@ -73,13 +108,21 @@ class AddressedMixIn(_Base):
 
     def server_bind(self) -> None:
         """Bind as the place asks for."""
+        self._process = os.getpid()
         self._file = listener.bind(self.socket, self.place, super().server_bind)
 
     def _close_listener(self) -> None:
-        """Remove the file of a Unix socket, if this server made it, and close the listener."""
+        """Remove the file of a Unix socket, if this server made it, and close the listener.
+
+        A child that serves a connection has inherited the listener, and would keep it open: clients
+        would connect, and nobody would accept them.
+        """
         file, self._file = self._file, None
         if file is not None:
             file.remove()
+        if os.getpid() == self._process and not self.place.address.scheme.is_datagram:
+            with suppress(OSError):  # it is closed already
+                self.socket.shutdown(socket.SHUT_RDWR)
         super()._close_listener()
 
 
@@ -90,14 +133,19 @@ class Tally:
     Attributes:
         address: Where.
         served: Requests whose handler ended by itself; a datagram is one, too.
-        refused: Requests that a hook of the server did not let through.
-        cut_off: Requests whose handler was interrupted, or still ran when the service stopped.
+        refused: Requests that did not get as far as a handler: a limit, a network or a hook kept
+            them out, or their TLS handshake or PROXY header did.
+        cut_off: Requests whose handler was interrupted, or its connection closed under it, or that
+            still ran when the service stopped.
+        drained: What became of the connections that were open at the stop; ``None`` if a second
+            signal came first.
     """
 
     address: Address
     served: int
     refused: int
     cut_off: int
+    drained: DrainReport | None = None
 
 
 class Service:
@@ -107,35 +155,38 @@ class Service:
     """
 
     def __init__(
-        self,
-        handler: Handler,
-        addresses: Sequence[Address],
-        engine: str,
-        *,
-        hubs: int | None = None,
+        self, handler: Handler, addresses: Sequence[Address], settings: Settings | None = None
     ) -> None:
         """Bind every address, or none.
 
         Args:
             handler: What serves each request.
             addresses: Where; at least one.
-            engine: A key of `portico.engines.ENGINES`.
-            hubs: Hubs at most for each server, on the engine that has them.
+            settings: What runs and protects the servers; ``None`` for all that is safe.
 
         Raises:
+            CertificateError: A certificate or key cannot be used.
             ListenerError: An address cannot be had.
-            SettingError: The engine has no hubs, or not so many.
+            SettingError: There is a TLS address and no certificate, or the other way round.
         """
+        settings = settings or Settings()
+        settings.check_addresses(addresses)
+        self._settings = settings.resolved(descriptor_limit(), len(addresses))
+        certificates = load_certificates(self._settings)
         self._servers: list[AddressedMixIn] = []
         self._counters: list[_Counter] = []
         self._is_running = False
+        self._is_in_loop = False
         self._is_stopping = False
+        self._is_ending_at_once = False
+        self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self._wakeup: Wakeup | None = None
         with ExitStack() as closing:
             for address in addresses:
                 place = listener.resolve(address)
+                kind = server_class(place, self._settings, certificates)
                 with listener.explained(place):
-                    server = server_class(engine, place, hubs=hubs)(place.name, handler)
+                    server = kind(place.name, handler)
                 counter = _Counter(server)
                 closing.callback(_close, server)
                 closing.callback(counter.close)
@@ -159,19 +210,24 @@ class Service:
         """The addresses that were bound, with the ports that the system chose."""
         return [server.address for server in self._servers]
 
+    @property
+    def has_left_handlers(self) -> bool:
+        """Whether handlers still run in threads of this process, with nobody to wait for them."""
+        return any(counter.has_left_handlers for counter in self._counters)
+
     def run(self) -> list[Tally]:
-        """Serve until `stop`, then close; says what each server did.
+        """Serve until `stop`, drain, and close; says what each server did.
 
         With one address, serving is done in the calling thread; with several, in a thread each.
 
         Raises:
-            Exception: What ended a serving loop; the other servers are stopped first.
+            Exception: What ended a serving loop; the other servers are drained first.
         """
         try:
             try:
                 self._is_running = True
                 if len(self._servers) == 1:
-                    self._servers[0].serve_forever()
+                    self._run_here()
                 else:
                     self._run_in_threads()
             finally:
@@ -183,12 +239,12 @@ class Service:
         return tallies
 
     def stop(self) -> None:
-        """Have `run` return.  Callable from a signal handler in the thread that runs."""
+        """Have `run` drain the servers and return.  Callable from any thread and signal handler."""
         self._is_stopping = True
-        if len(self._servers) == 1:
-            self._servers[0].shutdown()
-        elif self._wakeup is not None:
-            self._wakeup.wake()
+        self._stops.put(None)
+        wakeup = self._wakeup
+        if wakeup is not None:
+            wakeup.wake()
 
     def close(self) -> None:
         """Close the servers, and end the processes that still serve.  Callable again."""
@@ -198,10 +254,12 @@ class Service:
     def stopped_by_signals(self) -> Generator[None]:
         """Stop at SIGINT and SIGTERM while the block runs; in the main thread.
 
-        A handler that runs in the main thread, and so holds it, has `STOP_PATIENCE` seconds from
-        then on, or until the next signal: `KeyboardInterrupt` is raised in it.
+        The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
+        thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
+        not ended `STOP_PATIENCE` seconds after the time of the drain.
         """
         process = os.getpid()
+        timeout = self._settings.drain_timeout
         before: dict[int, Any] = {}
         alarm: tuple[float, float] | None = None
 
@@ -213,14 +271,15 @@ class Service:
             if os.getpid() != process:  # a child, which has inherited this and is to end
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            elif not self._is_stopping:
-                # An alarm, and not a thread that waits, because a signal handler may come in
-                # between any two steps of starting one.
-                catch(signal.SIGALRM)
-                alarm = signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
+            elif self._is_stopping:
+                self._interrupt(number)
+            else:
+                if timeout is not None:
+                    # An alarm, and not a thread that waits, because a signal handler may come in
+                    # between any two steps of starting one.
+                    catch(signal.SIGALRM)
+                    alarm = signal.setitimer(signal.ITIMER_REAL, timeout + STOP_PATIENCE)
                 self.stop()
-            elif self._is_running:
-                raise KeyboardInterrupt
 
         catch(signal.SIGINT)
         catch(signal.SIGTERM)
@@ -232,23 +291,64 @@ class Service:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _interrupt(self, number: int) -> None:
+        """Interrupt the main thread, at the second signal or when the time of its loop is over."""
+        if number == signal.SIGALRM:
+            if self._is_in_loop:
+                raise KeyboardInterrupt
+        elif self._is_running:
+            self._is_ending_at_once = True
+            raise KeyboardInterrupt
+
+    def _run_here(self) -> None:
+        """Serve the one address in the calling thread, and drain from another.
+
+        A handler may hold this thread (the serial engine), or the hub for which it waits.
+        """
+        (server,) = self._servers
+        drainer = _Drainer(server, self._stops)
+        drainer.start()
+        try:
+            self._is_in_loop = True
+            try:
+                server.serve_forever()
+            finally:
+                self._is_in_loop = False
+        except KeyboardInterrupt:
+            if self._is_ending_at_once or not self._is_stopping:
+                drainer.cancel()
+                raise
+            # A handler that held the loop was interrupted, and the drain is at its end.
+        except BaseException:
+            drainer.cancel()
+            raise
+        self._stops.put(None)  # if it was the program that ended the loop
+        with closing(Wakeup()) as wakeup:  # not before the loop, whose own it is that hears signals
+            drainer.tell(wakeup)
+            _wait_until(drainer.has_ended.is_set, wakeup)
+        if drainer.error is not None:
+            raise drainer.error
+        if server.drain_report is None:
+            server.drain()  # it was asked to before the loop had begun
+
     def _run_in_threads(self) -> None:
         """Serve each address in a thread of its own, until `stop` or until none is left."""
         wakeup = self._wakeup = Wakeup()
-        loops = [_Loop(server, wakeup) for server in self._servers]
         try:
+            loops = [_Loop(server, wakeup) for server in self._servers]
             for loop in loops:
                 loop.start()
-            while not self._is_stopping and all(loop.error is None for loop in loops):
-                if all(loop.has_ended for loop in loops):
-                    break
-                select.select([wakeup], [], [])
-                wakeup.clear()
-            deadline = time.monotonic() + STOP_PATIENCE
+            _wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
+            timeout = self._settings.drain_timeout
+            deadline = inf if timeout is None else time.monotonic() + timeout + STOP_PATIENCE
             for loop in loops:
-                loop.stop()
-            for loop in loops:
-                loop.join(max(0, deadline - time.monotonic()))
+                loop.drain()
+            # A handler that holds its loop beyond the deadline is left behind; where the loop has
+            # ended, the drain ends, too.
+            _wait_until(lambda: all(loop.has_ended for loop in loops), wakeup, deadline)
+            _wait_until(
+                lambda: all(loop.is_drained or not loop.has_ended for loop in loops), wakeup
+            )
         finally:
             self._wakeup = None
             wakeup.close()
@@ -256,39 +356,190 @@ class Service:
             if loop.error is not None:
                 raise loop.error
 
+    def _has_reason_to_stop(self, loops: Sequence[_Loop]) -> bool:
+        return (
+            self._is_stopping
+            or any(loop.error is not None for loop in loops)
+            or all(loop.has_ended for loop in loops)
+        )
 
-def server_class(engine: str, place: Place, *, hubs: int | None = None) -> type[AddressedMixIn]:
+
+def serve(
+    handler: Handler,
+    *addresses: str | Address,
+    engine: str = "threads",
+    **settings: Unpack[SettingValues],
+) -> list[Tally]:
+    """Serve a handler at each address, with every protection on, until the service is stopped.
+
+    In the main thread SIGINT and SIGTERM stop it: the first drains, a second one ends at once.  In
+    another thread, where no signal arrives, it serves until each server was drained or shut down:
+    a handler can do that (``self.server.drain()``), and so can whoever `events.ServerStarted` has
+    told of the server.
+
+    Args:
+        handler: Called with ``(request, client_address, server)`` for each request, such as a class
+            that derives from `BaseRequestHandler`.
+        addresses: Where, such as ``"tcp://127.0.0.1:9000"``; at least one.  ``"tls://..."`` needs
+            the settings ``cert`` and ``key``.
+        engine: What runs the handlers: ``"threads"``, ``"pool"``, ``"green"``, ``"forks"`` or
+            ``"serial"``.
+        settings: Those of `portico.settings.Settings`, by name; ``None`` means no limit.
+
+    Returns:
+        What each server did, in the order of the addresses.
+
+    Raises:
+        AddressError: An address cannot be read.
+        CertificateError: A certificate or key cannot be used.
+        ListenerError: An address cannot be had.
+        SettingError: There is no setting of a name, or a value is outside its range.
+        PorticoError: A handler for streams would get datagrams, or the other way round.
+        Exception: What ended a serving loop.
+    """
+    checked = Settings.read({"engine": engine, **settings})
+    if not addresses:
+        raise SettingError("addresses", addresses, "at least one, such as 'tcp://127.0.0.1:9000'")
+    parsed = [parse(each) if isinstance(each, str) else each for each in addresses]
+    for address in parsed:
+        check_scheme(getattr(handler, "__qualname__", repr(handler)), handler, address.scheme)
+    with Service(handler, parsed, checked) as service:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        with service.stopped_by_signals() if in_main_thread else nullcontext():
+            return service.run()
+
+
+def server_class(
+    place: Place, settings: Settings, certificates: Certificates | None = None
+) -> type[AddressedMixIn]:
     """Put together the class that serves `place`: an engine, in front of a family.
 
     Its requests do not outlive the program, nor hold up its end.
 
-    Raises:
-        SettingError: The engine has no hubs, or not so many.
+    Args:
+        place: Where.
+        settings: With a number in the place of each `AUTO`.
+        certificates: For an address that speaks TLS.
     """
-    family = FAMILIES[place.address.scheme]
-    mixin = ENGINES[engine]
+    scheme = place.address.scheme
+    family = FAMILIES[scheme]
+    mixin = ENGINES[settings.engine]
     engines = (pkgutil.resolve_name(mixin),) if mixin else ()
     prefix = "".join(kind.__name__.removesuffix("MixIn") for kind in engines)
+    names = OF_EVERY_KIND if scheme.is_datagram else OF_EVERY_KIND + OF_CONNECTIONS
     attributes = {
         "__module__": __name__,
         "place": place,
         "address_family": place.family,
         # A service can start again while connections of the last one linger.  For datagrams the
         # same option would let two services take each other's.
-        "allow_reuse_address": place.address.scheme == Scheme.TCP,
+        "allow_reuse_address": scheme in {Scheme.TCP, Scheme.TLS},
         "daemon_threads": True,
         "block_on_close": False,
-    } | settings(engine, hubs=hubs)
+        "request_queue_size": settings.backlog,
+        "drain_timeout": settings.drain_timeout,
+        "ssl_context": certificates if scheme is Scheme.TLS else None,
+    }
+    attributes |= {name: getattr(settings, name) for name in names}
+    attributes |= settings.engine_attributes()
     return type(f"{prefix}{family.__name__}", (*engines, AddressedMixIn, family), attributes)
+
+
+def load_certificates(settings: Settings) -> Certificates | None:
+    """Load what the settings name; ``None`` if they name no certificate.
+
+    Raises:
+        CertificateError: A file cannot be used.
+    """
+    if settings.cert is None:
+        return None
+    from portico.certificates import Certificates  # noqa: PLC0415  # it stands on ssl
+
+    wanted: Any = settings.client_certificates
+    if wanted is None:
+        wanted = "none" if settings.client_ca is None else "required"
+    return Certificates(
+        settings.cert, settings.key, client_ca=settings.client_ca, client_certificates=wanted
+    )
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may have open; below 0 for no limit."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors open as the system allows it.
+
+    The usual limit, 1,024, is for the sake of select(2), which knows no higher numbers.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # some systems say more than they allow
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _close(server: AddressedMixIn) -> None:
     """Close a server, and end the children that still serve for it."""
+    server.drain_timeout = None  # it was drained, or is to end at once
     server.server_close()
     if isinstance(server, ForkingMixIn):
         for child in server.active_children or ():
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
+
+
+def _wait_until(is_so: Callable[[], bool], wakeup: Wakeup, deadline: float = inf) -> None:
+    """Wait until something is so, of which `wakeup` tells, or until the deadline.
+
+    In the main thread a signal ends the wait for as long as its handler takes.  To wait for an
+    event, or a thread, would not do: a signal that comes just before goes unnoticed until the end.
+    """
+    poll = select.poll()  # and not select(2), since descriptors may be many
+    poll.register(wakeup, select.POLLIN)
+    while not is_so() and (remaining := deadline - time.monotonic()) > 0:
+        pause = min(remaining, SIGNAL_INTERVAL) if wakeup.misses_signals else remaining
+        poll.poll(None if pause == inf else ceil(pause * 1000))
+        wakeup.clear()
+
+
+class _Drainer(threading.Thread):
+    """Drains a server whose loop runs elsewhere, once it is asked to."""
+
+    def __init__(self, server: AddressedMixIn, stops: SimpleQueue[None]) -> None:
+        super().__init__(name=f"drain of {server.address}", daemon=True)
+        self.error: BaseException | None = None
+        self.has_ended = threading.Event()
+        self._has_begun = False
+        self._is_cancelled = False
+        self._server = server
+        self._stops = stops
+        self._wakeup: Wakeup | None = None
+
+    def tell(self, wakeup: Wakeup) -> None:
+        """Say what to wake at the end; who has said so looks whether it has come already."""
+        self._wakeup = wakeup
+
+    def cancel(self) -> None:
+        """Have the thread end, unless it drains already."""
+        self._is_cancelled = True
+        self._stops.put(None)
+        if not self._has_begun:
+            self.join(LAST_WORDS)
+
+    def run(self) -> None:
+        self._stops.get()
+        try:
+            if not self._is_cancelled:
+                self._has_begun = True
+                self._server.drain()
+        except PhaseError:  # the loop has not begun: it will end at once
+            self._server.shutdown()
+        except BaseException as error:  # raised again, in the thread of `Service.run`
+            self.error = error
+        finally:
+            self.has_ended.set()
+            if self._wakeup is not None:
+                self._wakeup.wake()
 
 
 class _Loop(threading.Thread):
@@ -298,21 +549,36 @@ class _Loop(threading.Thread):
         super().__init__(name=str(server.address), daemon=True)
         self.error: BaseException | None = None
         self.has_ended = False
+        self.is_drained = False
         self._server = server
         self._wakeup = wakeup
 
     def run(self) -> None:
         try:
             self._server.serve_forever()
-        except BaseException as error:  # raised again, in the thread of `run`
+        except BaseException as error:  # raised again, in the thread of `Service.run`
             self.error = error
         finally:
             self.has_ended = True
             self._wakeup.wake()
 
-    def stop(self) -> None:
-        """Ask the loop to end; does not wait until it has."""
-        threading.Thread(target=self._server.shutdown, daemon=True).start()
+    def drain(self) -> None:
+        """Begin to drain the server."""
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        try:
+            try:
+                self._server.drain()
+            except PhaseError:  # the loop has not begun: it will end at once
+                self._server.shutdown()
+                self.join()
+                self._server.drain()
+        except BaseException as error:
+            self.error = self.error or error
+        finally:
+            self.is_drained = True
+            self._wakeup.wake()
 
 
 class _Counter:
@@ -320,33 +586,52 @@ class _Counter:
 
     def __init__(self, server: AddressedMixIn) -> None:
         self._server = server
-        self._lock = threading.Lock()  # guards the counts.  One for each server: a child that is
-        # forked by one acceptor must not inherit a lock that another thread holds.
-        self._accepted = 0
+        # Guards the counts.  One for each server: a child that is forked by one acceptor must not
+        # inherit a lock that another thread holds.
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._served = 0
         self._refused = 0
-        self._ended = 0
+        self._cut_off = 0
         self.close = subscribe(self._count, ConnectionAccepted, ConnectionRefused, ConnectionClosed)
 
+    @property
+    def has_left_handlers(self) -> bool:
+        """Whether handlers still run in this process."""
+        with self._changed:
+            return self._under_way > 0 and not isinstance(self._server, ForkingMixIn)
+
     def tally(self) -> Tally:
-        """Say what the server did so far."""
-        with self._lock:
-            cut_off = self._accepted - self._refused - self._ended
-            if isinstance(self._server, ForkingMixIn):  # whose connections close in the children
-                self._server.collect_children()
-                cut_off = len(self._server.active_children or ())
-            served = self._accepted - self._refused - cut_off
-            return Tally(self._server.address, served, self._refused, cut_off)
+        """Say what the server did so far; after a drain, when what it ended has told so."""
+        server, report = self._server, self._server.drain_report
+        if isinstance(server, ForkingMixIn):  # whose connections close in the children
+            server.collect_children()
+            cut_off = len(server.active_children or ())
+            if report is not None:
+                cut_off = max(cut_off, report.forced)
+            with self._changed:
+                served = self._under_way + self._served + self._cut_off - cut_off
+                return Tally(server.address, served, self._refused, cut_off, report)
+        with self._changed:
+            if report is not None:  # a connection is at its end a moment before it is told
+                left = server._guard.drain.stragglers if server._guard.drain else 0
+                self._changed.wait_for(lambda: self._under_way <= left, LAST_WORDS)
+            cut_off = self._cut_off + self._under_way
+            return Tally(server.address, self._served, self._refused, cut_off, report)
 
     def _count(self, event: Event) -> None:
         if event.server is not self._server:
             return
-        with self._lock:
+        with self._changed:
             match event:
                 case ConnectionAccepted():
-                    self._accepted += 1
-                case ConnectionRefused():
+                    self._under_way += 1
+                    return
+                case ConnectionRefused() | ConnectionClosed(reason=CloseReason.NO_PREAMBLE):
                     self._refused += 1
-                case ConnectionClosed(reason=reason) if reason != CloseReason.INTERRUPTED:
-                    self._ended += 1
+                case ConnectionClosed(reason=reason) if reason in CUT:
+                    self._cut_off += 1
                 case _:
-                    pass
+                    self._served += 1
+            self._under_way -= 1
+            self._changed.notify_all()

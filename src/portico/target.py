@@ -76,12 +76,12 @@ def check_scheme(target: str, handler: Handler, scheme: Scheme) -> None:
     Raises:
         TargetError: It would.
     """
-    is_stream = scheme in {Scheme.TCP, Scheme.UNIX}
+    is_stream = not scheme.is_datagram
     if is_stream and _is_kind(handler, DatagramRequestHandler):
-        fitting = Scheme.UDP if scheme == Scheme.TCP else Scheme.UNIX_DATAGRAM
+        fitting = Scheme.UNIX_DATAGRAM if scheme.is_unix else Scheme.UDP
         kind = "datagrams"
     elif not is_stream and _is_kind(handler, StreamRequestHandler):
-        fitting = Scheme.TCP if scheme == Scheme.UDP else Scheme.UNIX
+        fitting = Scheme.UNIX if scheme.is_unix else Scheme.TCP
         kind = "streams"
     else:
         return

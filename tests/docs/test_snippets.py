@@ -106,6 +106,14 @@ def test_bounded(run: Run) -> None:
         assert converse(server, b"hello\n") == b"HELLO\n"
 
 
+def test_protected(run: Run) -> None:
+    with run("protected.py") as server:
+        assert isinstance(server, portico.GreenMixIn)
+        assert server.idle_timeout == 60
+        assert server.max_connections is not None
+        assert converse(server, b"hello\n") == b"hello\n"
+
+
 def test_coroutine(run: Run) -> None:
     with run("coroutine.py") as server:
         assert converse(server, b"3\n") == b"3\n2\n1\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from portico import TCPServer, ThreadingMixIn, ThreadingTCPServer
+from portico import TCPServer, ThreadingMixIn, ThreadingTCPServer, ThreadingUDPServer
 from portico.engines.threads import _NoThreads, _Threads
 from tests.support import (
     PATIENCE,
@@ -366,3 +366,46 @@ def test_a_request_without_a_thread_is_closed(
             server.handle_request()
             assert ask(client, b"hello") == b"hello"
     assert "RuntimeError: can't start new thread" in capfd.readouterr().err
+
+
+# --- draining ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"daemon_threads": True}, {"block_on_close": False}], ids=str
+)
+def test_a_drain_waits_for_the_handlers_of_datagrams(settings: dict[str, object]) -> None:
+    """They answer by the listener, so it stays open for them whatever kind their thread is."""
+    gate = Gate()
+
+    def answer(request: Any, client_address: Any, server: Any) -> None:
+        gate(request, client_address, server)
+        packet, listener = request
+        listener.sendto(packet, client_address)
+
+    server = type("Server", (ThreadingUDPServer,), settings)(LOOPBACK, answer)
+    with nothing_left_behind(), RunningServer(server) as running, running.connect() as client:
+        client.send(b"word")
+        gate.wait_entered()
+        draining = Call(server.drain)
+        assert server.draining.wait(PATIENCE)
+        assert draining.is_running()
+        gate.open.set()
+        assert client.recv(64) == b"word"
+        draining.result()
+
+
+def test_a_datagram_whose_thread_cannot_start_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = ThreadingUDPServer(LOOPBACK, do_nothing)
+    server.daemon_threads = True
+
+    def fail(_: object) -> None:
+        raise RuntimeError("no thread left")
+
+    with server:
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError):
+            server.process_request((b"", server.socket), None)
+        assert server._requests_under_way() == 0

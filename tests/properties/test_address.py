@@ -17,7 +17,7 @@ from portico.address import (
 )
 from portico.errors import AddressError
 
-INTERNET = st.sampled_from([Scheme.TCP, Scheme.UDP])
+INTERNET = st.sampled_from([Scheme.TCP, Scheme.TLS, Scheme.UDP])
 UNIX = st.sampled_from([Scheme.UNIX, Scheme.UNIX_DATAGRAM])
 PORTS = st.integers(0, 65535)
 INTERFACES = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -13,20 +14,30 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from portico.address import Address, InternetAddress, Scheme, UnixAddress, parse
+from tests.support import eventually
+from tests.tls import Authority
 
 PORTICO = [sys.executable, "-m", "portico"]
 
 PROGRAM = """
 import os
+import resource
 import socketserver
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 import portico
+
+def sleep(seconds):
+    (portico.sleep if "green" in sys.argv else time.sleep)(seconds)
 
 class Echo(portico.StreamRequestHandler):
     def handle(self):
@@ -51,14 +62,41 @@ class Pong(portico.StreamRequestHandler):
                 self.rfile.read(int(self.rfile.readline()[1:]) + 2)
             self.wfile.write(b"+PONG\\r\\n")
 
+class Work(portico.BaseRequestHandler):
+    '''Answers a word when there is a file of that name.'''
+    def handle(self):
+        if isinstance(self.request, tuple):
+            word, listener = self.request
+            self.wait(word)
+            listener.sendto(word.upper(), self.client_address)
+        else:
+            word = self.request.recv(64)
+            self.wait(word)
+            self.request.sendall(word.upper())
+
+    def wait(self, word):
+        Path("at work").touch()
+        while not Path(word.decode()).exists():
+            if self.server.draining.is_set():
+                Path("draining").touch()
+            sleep(0.01)
+
 class Stubborn(portico.BaseRequestHandler):
     def handle(self):
         self.request.sendall(b"in")
         try:
-            self.request.recv(1)
+            self.server.draining.wait(600)
+            with suppress(OSError):  # with no time, it is closed already
+                self.request.sendall(b"draining")
+            time.sleep(600)
         except BaseException as error:
-            self.request.sendall(type(error).__name__.encode())
+            print("raised:", type(error).__name__, file=sys.stderr)
             raise
+
+class Limits(portico.StreamRequestHandler):
+    def handle(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.wfile.write(b"%d %d %d" % (soft, hard, self.server.max_connections))
 """
 
 
@@ -139,6 +177,13 @@ def run(*arguments: str, folder: Path, **environment: str) -> subprocess.Complet
     )
 
 
+def is_refused(where: Address) -> bool:
+    """Say whether nobody listens there any more."""
+    assert isinstance(where, InternetAddress)
+    with socket.socket() as client:
+        return client.connect_ex((where.host, where.port)) == errno.ECONNREFUSED
+
+
 def tool(name: str) -> str:
     """The path of a real client.  Without it the test fails: it would show nothing."""
     path = shutil.which(name)
@@ -154,8 +199,13 @@ def tool(name: str) -> str:
 def test_a_handler_is_served_until_a_signal(
     tmp_path: Path, engine: str, signum: signal.Signals
 ) -> None:
-    """A client that stays is no reason to stay; the last line says what was done."""
+    """A client that stays is no reason to stay; the last lines say what was done.
+
+    What a child's client does, only the child knows: it has the time of the drain.
+    """
     arguments = ["application:Echo", "tcp://127.0.0.1:0", "--engine", engine]
+    if engine == "forks":
+        arguments += ["--drain-timeout", "0.2"]
     with serve(tmp_path, *arguments) as command:
         with connect(command.addresses[0]) as client:
             process = greeting(client)
@@ -168,9 +218,14 @@ def test_a_handler_is_served_until_a_signal(
             assert idle.recv(64) == b""
     assert status == 0
     # The connection of the first client may have ended just before the signal, or just after.
+    fate, done = (
+        ("0 idle, 1 forced", "1 request served, 1 cut off")
+        if engine == "forks"
+        else ("1 idle, 0 forced", "2 requests served")
+    )
     assert re.fullmatch(
-        r"portico: stopped after \d+\.\d s: (1 request served, 1 cut off|"
-        r"0 requests served, 2 cut off)\n",
+        rf"portico: drained in \d+\.\d s: [01] finished, {fate}(; the longest took \d+\.\d s)?\n"
+        rf"portico: stopped after \d+\.\d s: {done}\n",
         said,
     )
 
@@ -199,8 +254,11 @@ def test_several_addresses_of_every_kind_are_served_at_once(tmp_path: Path, engi
         status, said = command.stop()
     assert status == 0
     *lines, total = said.splitlines()
-    assert [line.rpartition(": ")[0] for line in lines] == [
+    assert [line.rpartition(": ")[0] for line in lines if " served" in line] == [
         f"portico: {where}" for where in command.addresses
+    ]
+    assert [line.partition(": drained in ")[0] for line in lines if " drained in " in line] == [
+        f"portico: {where}" for where in command.addresses if not where.scheme.is_datagram
     ]
     assert total.startswith("portico: stopped after ")
     assert not list(tmp_path.glob("*.sock"))
@@ -275,15 +333,65 @@ def test_a_unix_socket_comes_and_goes_with_its_server(tmp_path: Path, scheme: st
 # -------------------------------------------------------------------------------------- stopping
 
 
-def test_a_handler_that_holds_the_serving_thread_is_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [True, False])
+def test_a_handler_that_holds_the_serving_thread_is_interrupted(
+    tmp_path: Path, again: bool
+) -> None:
     """On the serial engine the handler runs where the signal arrives."""
     arguments = ["application:Stubborn", "tcp://127.0.0.1:0", "--engine", "serial"]
+    arguments += ["--drain-timeout", "600" if again else "0"]
     with serve(tmp_path, *arguments) as command, connect(command.addresses[0]) as client:
         assert client.recv(2) == b"in"
+        if again:
+            command.process.send_signal(signal.SIGTERM)
+            assert client.recv(64) == b"draining"
         status, said = command.stop()
-        assert client.recv(64) == b"KeyboardInterrupt"
     assert status == 0
+    assert "raised: KeyboardInterrupt\n" in said
     assert said.endswith("s: 0 requests served, 1 cut off\n")
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks", "serial"])
+@pytest.mark.parametrize("scheme", ["tcp", "udp"])
+def test_a_signal_lets_a_busy_client_be_answered(tmp_path: Path, engine: str, scheme: str) -> None:
+    """Nobody new is served meanwhile; the report says what became of whom."""
+    arguments = ["application:Work", f"{scheme}://127.0.0.1:0", "--engine", engine]
+    with serve(tmp_path, *arguments) as command, connect(command.addresses[0]) as client:
+        client.sendall(b"word")
+        eventually((tmp_path / "at work").exists)
+        command.process.send_signal(signal.SIGTERM)
+        if engine != "forks":  # where no child knows
+            eventually((tmp_path / "draining").exists)
+        if scheme == "tcp" and engine != "serial":  # where the backlog is served in between
+            eventually(lambda: is_refused(command.addresses[0]))
+        (tmp_path / "word").touch()
+        assert client.recv(64) == b"WORD"
+        _, said = command.process.communicate(timeout=30)
+    assert command.process.returncode == 0
+    assert re.search(r"portico: stopped after \d+\.\d s: [1-9]\d* requests? served\n$", said)
+    if scheme == "tcp":
+        assert re.match(r"portico: drained in \d+\.\d s: [1-9]\d* finished, ", said)
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_second_signal_ends_the_command_at_once(tmp_path: Path, engine: str, number: int) -> None:
+    addresses = ["tcp://127.0.0.1:0"] * number
+    arguments = ["application:Work", *addresses, "--engine", engine, "--drain-timeout", "none"]
+    with (
+        serve(tmp_path, *arguments, addresses=number) as command,
+        connect(command.addresses[0]) as client,
+    ):
+        client.sendall(b"word")
+        eventually((tmp_path / "at work").exists)
+        command.process.send_signal(signal.SIGTERM)
+        eventually(lambda: is_refused(command.addresses[0]))
+        status, said = command.stop()
+    assert status == 0
+    assert "drained" not in said.splitlines()[0]
+    assert re.search(
+        r"portico: stopped after \d+\.\d s: \d+ requests? served, [1-9]\d* cut off\n$", said
+    )
 
 
 def test_a_child_can_be_ended_without_the_server(tmp_path: Path) -> None:
@@ -300,6 +408,7 @@ def test_a_child_can_be_ended_without_the_server(tmp_path: Path) -> None:
 
 def test_children_end_with_the_server(tmp_path: Path) -> None:
     arguments = ["application:Echo", "tcp://127.0.0.1:0", "--engine", "forks"]
+    arguments += ["--drain-timeout", "0"]
     with serve(tmp_path, *arguments) as command, connect(command.addresses[0]) as client:
         child = os.pidfd_open(greeting(client))
         try:
@@ -307,6 +416,135 @@ def test_children_end_with_the_server(tmp_path: Path) -> None:
             assert select.select([child], [], [], 30)[0]
         finally:
             os.close(child)
+
+
+# ------------------------------------------------------------------------------ what protects it
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks", "serial"])
+def test_real_clients_speak_tls(tmp_path: Path, engine: str, authority: Authority) -> None:
+    pair = authority.issue("127.0.0.1")
+    (tmp_path / "hello.txt").write_text("hello, world\n")
+    arguments = ["http.server:SimpleHTTPRequestHandler", "tls://127.0.0.1:0", "--engine", engine]
+    arguments += ["--cert", str(pair.certificate), "--key", str(pair.key)]
+    with serve(tmp_path, *arguments) as command:
+        (where,) = command.addresses
+        assert isinstance(where, InternetAddress)
+        assert where.scheme is Scheme.TLS
+        curl = [tool("curl"), "--silent", "--show-error", "--fail", "--max-time", "30"]
+        curl += ["--cacert", str(authority.certificate)]
+        url = f"https://127.0.0.1:{where.port}/hello.txt"
+        assert subprocess.check_output([*curl, url], text=True) == "hello, world\n"
+        openssl = [tool("openssl"), "s_client", "-connect", f"127.0.0.1:{where.port}", "-quiet"]
+        openssl += ["-CAfile", str(authority.certificate), "-verify_return_error", "-ign_eof"]
+        answer = subprocess.run(
+            openssl,
+            input="GET /hello.txt HTTP/1.0\r\n\r\n",
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert answer.stdout.endswith("\n\nhello, world\n")
+        assert command.stop()[0] == 0
+
+
+def test_a_client_without_a_certificate_gets_no_answer(
+    tmp_path: Path, authority: Authority
+) -> None:
+    pair, own = authority.issue("127.0.0.1"), authority.issue("client")
+    (tmp_path / "hello.txt").write_text("hello, world\n")
+    arguments = ["http.server:SimpleHTTPRequestHandler", "tls://127.0.0.1:0"]
+    arguments += ["--cert", str(pair.certificate), "--key", str(pair.key)]
+    with serve(tmp_path, *arguments, "--client-ca", str(authority.certificate)) as command:
+        (where,) = command.addresses
+        assert isinstance(where, InternetAddress)
+        curl = [tool("curl"), "--silent", "--show-error", "--fail", "--max-time", "30"]
+        curl += [
+            "--cacert",
+            str(authority.certificate),
+            f"https://127.0.0.1:{where.port}/hello.txt",
+        ]
+        stranger = subprocess.run(curl, capture_output=True, text=True, check=False)
+        assert (stranger.returncode != 0, stranger.stdout) == (True, "")
+        known = [*curl, "--cert", str(own.certificate), "--key", str(own.key)]
+        assert subprocess.check_output(known, text=True) == "hello, world\n"
+        status, said = command.stop()
+    assert status == 0
+    assert said.endswith("s: 1 request served, 1 refused\n")
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks", "serial"])
+def test_networks_decide_who_may_come(tmp_path: Path, engine: str) -> None:
+    arguments = ["application:Upper", "tcp://127.0.0.1:0", "--engine", engine]
+    arguments += ["--allow", "127.0.0.0/30", "--deny", "127.0.0.2"]
+    with serve(tmp_path, *arguments) as command:
+        (where,) = command.addresses
+        assert isinstance(where, InternetAddress)
+        answers = {}
+        for number in (1, 2, 3, 4):
+            place = (where.host, where.port)
+            source = (f"127.0.0.{number}", 0)
+            with socket.create_connection(place, timeout=30, source_address=source) as client:
+                with suppress(ConnectionError):
+                    client.sendall(b"word")
+                    answers[number] = client.recv(64)
+        status, said = command.stop()
+    assert {number for number, answer in answers.items() if answer == b"WORD"} == {1, 3}
+    assert status == 0
+    assert said.endswith("s: 2 requests served, 2 refused\n")
+
+
+def test_a_proxy_says_who_its_client_is(tmp_path: Path) -> None:
+    """Only the one that is trusted; the networks are asked about the client, not the proxy."""
+    arguments = ["application:Upper", "tcp://127.0.0.1:0", "--proxy-protocol", "127.0.0.1"]
+    with serve(tmp_path, *arguments, "--deny", "192.0.2.7") as command:
+        for source, answer in ((b"192.0.2.1", b"WORD"), (b"192.0.2.7", b"")):
+            with connect(command.addresses[0]) as client:
+                client.sendall(b"PROXY TCP4 %s 192.0.2.2 5000 80\r\nword" % source)
+                with suppress(ConnectionResetError):
+                    assert client.recv(64) == answer
+        assert command.stop()[0] == 0
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green"])
+def test_a_silent_client_is_ended(tmp_path: Path, engine: str) -> None:
+    arguments = ["application:Echo", "tcp://127.0.0.1:0", "--engine", engine]
+    with serve(tmp_path, *arguments, "--idle-timeout", "0.2") as command:
+        with connect(command.addresses[0]) as client:
+            greeting(client)
+            assert client.recv(64) == b""
+        assert command.stop()[0] == 0
+
+
+def test_a_client_beyond_the_limit_waits_or_is_refused(tmp_path: Path) -> None:
+    arguments = ["application:Echo", "tcp://127.0.0.1:0", "--max-connections", "2"]
+    with serve(tmp_path, *arguments) as command:
+        clients = [connect(command.addresses[0]) for _ in range(3)]
+        first, second, third = clients
+        greeting(first)
+        greeting(second)
+        assert not select.select([third], [], [], 0.2)[0]  # it waits
+        first.close()
+        greeting(third)
+        for client in (second, third):
+            client.close()
+        assert command.stop()[0] == 0
+    with serve(tmp_path, *arguments, "--when-full", "refuse") as command:
+        with connect(command.addresses[0]) as one, connect(command.addresses[0]) as two:
+            greeting(one)
+            greeting(two)
+            with connect(command.addresses[0]) as three:
+                assert three.recv(64) == b""
+
+
+def test_the_limit_of_connections_is_below_that_of_descriptors(tmp_path: Path) -> None:
+    """The command takes as many descriptors as the system lets it have."""
+    with serve(tmp_path, "application:Limits", "tcp://127.0.0.1:0") as command:
+        with connect(command.addresses[0]) as client:
+            soft, hard, connections = map(int, client.makefile("rb").read().split())
+    assert soft == hard
+    assert 0 < connections < soft
 
 
 # ------------------------------------------------------------------------------------ wrong input
@@ -327,6 +565,8 @@ def test_children_end_with_the_server(tmp_path: Path) -> None:
         (["application:Echo", "unix:/no/such"], "cannot listen on unix:/no/such: there is no dir"),
         (["application:Echo", "unix:application.py"], "cannot listen on unix:application.py: ther"),
         (["application:Echo", "unix:a", "unix:a"], "cannot listen on unix:a: in use by this very"),
+        (["application:Echo", "unix:a", "tls://:0"], "cert=None: expected a certificate (and key"),
+        (["application:Echo", "unix:a", "--idle-timeout", "x"], "idle_timeout='x': expected a num"),
     ],
 )
 def test_wrong_input_gets_one_line_and_status_2(

@@ -94,7 +94,7 @@ def test_the_checkers_look_at_portico(tmp_path: Path) -> None:
         assert "TCPServer" in said
 
 
-@pytest.mark.parametrize("name", ["engines.py", "coroutines.py"])
+@pytest.mark.parametrize("name", ["engines.py", "coroutines.py", "serving.py"])
 def test_what_socketserver_has_not_is_accepted(tmp_path: Path, name: str) -> None:
     """Engines in front of foreign servers; overrides that are coroutines."""
     program = tmp_path / name

@@ -37,6 +37,9 @@ imported when it is asked for.  The serial engine is a server without a mix-in."
 HUBS_OF: Final = "green"
 """The engine that has hubs."""
 
+WORKERS_OF: Final = "pool"
+"""The engine whose threads are bounded."""
+
 
 if TYPE_CHECKING:
 
@@ -57,23 +60,34 @@ else:
     Hooks = object
 
 
-def settings(engine: str, *, hubs: int | None = None) -> dict[str, object]:
+def settings(
+    engine: str, *, hubs: int | None = None, max_workers: int | None = None
+) -> dict[str, object]:
     """Return the class attributes that set up an engine.
 
     Args:
         engine: A key of `ENGINES`.
         hubs: ``max_hubs`` of the green engine; ``None`` leaves it at its default.
+        max_workers: That of the pool engine; ``None`` leaves it at its default.
 
     Raises:
-        SettingError: There is no room for that number, or the engine has no hubs.
+        SettingError: There is no room for that number, or the engine has nothing of the kind.
     """
-    if hubs is None:
-        return {}
-    if engine != HUBS_OF:
-        raise SettingError("hubs", hubs, f"engine={HUBS_OF!r} with it; {engine!r} has no hubs")
-    if hubs < 1:
-        raise SettingError("hubs", hubs, "1 or more")
-    return {"max_hubs": hubs}
+    attributes: dict[str, object] = {}
+    for name, number, owner, attribute in (
+        ("hubs", hubs, HUBS_OF, "max_hubs"),
+        ("max_workers", max_workers, WORKERS_OF, "max_workers"),
+    ):
+        if number is None:
+            continue
+        value: Any = number  # a program may say anything
+        if engine != owner:
+            what = name.removeprefix("max_")
+            raise SettingError(name, value, f"engine={owner!r} with it; {engine!r} has no {what}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SettingError(name, value, "1 or more")
+        attributes[attribute] = value
+    return attributes
 
 
 def serve(server: Any, request: Request, client_address: ClientAddress) -> bool:

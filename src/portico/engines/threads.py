@@ -42,7 +42,7 @@ class _Threads(list[threading.Thread]):
             try:
                 thread.start()
             except BaseException:
-                if not thread.daemon:
+                if self._remembers(thread):
                     self.remove(thread)  # nobody can wait for it
                 raise
 
@@ -65,8 +65,11 @@ class _Threads(list[threading.Thread]):
         with self._lock:
             self._reap()
 
+    def _remembers(self, thread: threading.Thread) -> bool:
+        return not thread.daemon
+
     def _append(self, thread: threading.Thread) -> None:
-        if thread.daemon:
+        if not self._remembers(thread):
             return
         if len(self) >= self._reap_at:
             self._reap()
@@ -76,6 +79,13 @@ class _Threads(list[threading.Thread]):
     def _reap(self) -> None:
         # One that has not been started yet counts: somebody is about to.
         self[:] = [thread for thread in self if thread.is_alive() or thread.ident is None]
+
+
+class _UnderWay(_Threads):
+    """Threads that the end of a server does not wait for, but a drain does; daemons, too."""
+
+    def _remembers(self, thread: threading.Thread) -> bool:
+        return True
 
 
 _OURS: Final = _Threads
@@ -121,6 +131,10 @@ class ThreadingMixIn(Hooks):
 
     _threads: _Threads | _NoThreads = _NoThreads()
 
+    _under_way: _UnderWay | None = None
+    # Handlers of datagrams that are not in _threads: they need the listener, and no connection
+    # tells of them.
+
     def process_request_thread(self, request: Request, client_address: ClientAddress) -> None:
         """Serve the request; what the thread runs."""
         serve(self, request, client_address)
@@ -143,16 +157,26 @@ class ThreadingMixIn(Hooks):
         if self.block_on_close and not thread.daemon and "_threads" not in vars(self):
             vars(self).setdefault("_threads", _Threads())  # two may come here at once
         threads = self._threads
-        if isinstance(threads, _OURS):
+        if isinstance(threads, _OURS) and not thread.daemon:
             threads.start(thread)
+        elif getattr(self, "_replies_by_listener", False):
+            if self._under_way is None:
+                vars(self).setdefault("_under_way", _UnderWay())
+            under_way = self._under_way
+            assert under_way is not None
+            under_way.start(thread)
         else:
             threads.append(thread)
             thread.start()
 
     def _requests_under_way(self) -> int:
-        threads = self._threads
+        threads, under_way = self._threads, self._under_way
         threads.reap()
-        return len(threads) if isinstance(threads, list) else 0
+        waited_for = len(threads) if isinstance(threads, list) else 0
+        if under_way is None:
+            return waited_for
+        under_way.reap()
+        return waited_for + len(under_way)
 
     def server_close(self) -> None:
         """Close the listener, then wait for the threads as `block_on_close` says.
