@@ -23,8 +23,6 @@ import pytest
 
 from tests.support import PATIENCE, eventually, running_program
 
-pytestmark = pytest.mark.long
-
 SERVER = """
 import sys, threading
 import portico
@@ -44,10 +42,13 @@ with portico.GreenTCPServer(("127.0.0.1", 0), LineEcho) as server:
 SOURCES = [f"127.0.0.{host}" for host in range(1, 51)]
 """Where clients come from: with several addresses, ports in TIME_WAIT never run out."""
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(),
-    reason="only Linux tells, in /proc, what a process uses; elsewhere 127.0.0.2 is no address",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not Path("/proc/self/smaps_rollup").exists(),
+        reason="only Linux tells, in /proc, what a process uses; elsewhere 127.0.0.2 is no address",
+    ),
+]
 
 
 @pytest.fixture(params=["epoll", "portable"])

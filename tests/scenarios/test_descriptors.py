@@ -49,9 +49,12 @@ with Server(("127.0.0.1", 0), Hold) as server:
     server.shutdown()
 """
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(), reason="the server's process asks /proc"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not Path("/proc/self/smaps_rollup").exists(), reason="the server's process asks /proc"
+    ),
+]
 
 
 @contextmanager

@@ -32,6 +32,8 @@ from tests.support import (
     running_program,
 )
 
+pytestmark = pytest.mark.long
+
 IDLE = 1000
 BUSY = 200
 TIMEOUT = 5.0

@@ -30,9 +30,12 @@ HOLD = 0.05
 GREETING = b"welcome\n"
 FAREWELL = b"full\n"
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(), reason="elsewhere 127.0.0.2 is no address"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not Path("/proc/self/smaps_rollup").exists(), reason="elsewhere 127.0.0.2 is no address"
+    ),
+]
 
 
 async def visit(address: tuple[str, int], source: str) -> str:

@@ -12,6 +12,8 @@ import pytest
 from tests.scenarios.served import ENGINES
 from tests.support import run_program
 
+pytestmark = pytest.mark.long
+
 ROUNDS = {"threads": 100, "pool": 30, "green": 30, "forks": 30, "serial": 30}
 
 PROGRAM = """

@@ -45,9 +45,12 @@ With fewer, they would take all workers and then the queue, and good clients wou
 deadlines have ended some: that is bounded as well, but it is not unharmed.
 """
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells when bytes moved"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells when bytes moved"
+    ),
+]
 
 
 class Drips:

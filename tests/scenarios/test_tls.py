@@ -52,6 +52,8 @@ from tests.support import (
     running_program,
 )
 
+pytestmark = pytest.mark.long
+
 if TYPE_CHECKING:
     from tests.tls import Authority, Pair
 
