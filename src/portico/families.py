@@ -146,10 +146,6 @@ class TCPServer(BaseServer):
         """Listen, with a backlog of `request_queue_size`."""
         self.socket.listen(self.request_queue_size)
 
-    @property
-    def _verifies_late(self) -> bool:
-        return self.proxy_protocol is not None
-
     def _preamble(self) -> Preamble | None:
         """Return what comes before the handler, as the settings and the listener ask for it.
 
@@ -196,7 +192,7 @@ class TCPServer(BaseServer):
             OSError: As accept(2); the serving loop knows what each one asks for.
         """
         listener = self.socket
-        if speaks_tls(self, listener):
+        if type(listener) is not _Socket and speaks_tls(self, listener):
             return socket.socket.accept(listener)
         return listener.accept()
 
@@ -212,6 +208,12 @@ class TCPServer(BaseServer):
         Raises:
             PreambleError: The peer did not do its part, or not in time.
         """
+        if (
+            self.ssl_context is None
+            and self.proxy_protocol is None
+            and type(self.socket) is _Socket
+        ):
+            return request, client_address  # the common case, without further questions
         preamble = self._preamble()
         if preamble is None:
             return request, client_address

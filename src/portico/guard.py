@@ -61,6 +61,8 @@ class Guard:
         """What ends connections whose time is over; ``None`` if there is no limit."""
         self.drain: Drain | None = None
         """The drain under way, or the last one."""
+        self.verifies_late = False
+        """Whether a peer is not known before its preamble, because a proxy speaks for it."""
         self.is_in_child = False
         """Whether this process was forked to serve one connection."""
         self.of_children: dict[int, Connection] = {}
@@ -93,6 +95,7 @@ class Guard:
         admission = {name: getattr(server, name) for name in ADMISSION}
         deadlines = {name: getattr(server, name) for name in DEADLINES}
         peers_come = getattr(server, "proxy_protocol", None) is None
+        self.verifies_late = not peers_come
         settings = admission, deadlines, server.when_full, peers_come
         if settings == self._settings:
             return

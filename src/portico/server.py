@@ -423,7 +423,8 @@ class BaseServer:
     def handle_timeout(self) -> None:
         """Do what is to be done when `handle_request` saw no request; for subclasses."""
 
-    def _handle_request_noblock(self) -> None:
+    # Written out for speed, hence long.
+    def _handle_request_noblock(self) -> None:  # noqa: C901
         """Accept one request, which is waiting, and process it: the step of every loop."""
         guard = self._guard
         if guard.gate is not None and self.__has_no_room():
@@ -446,10 +447,10 @@ class BaseServer:
                 return
             if can_be_tracked(request):
                 guard.track(request, client_address)
-            if self._verifies_late or self.verify_request(request, client_address):
-                self.__begin(request, client_address)
-            else:
+            if not guard.verifies_late and not self.verify_request(request, client_address):
                 self._refuse(request, client_address, RefusalReason.NOT_VERIFIED)
+            elif guard.lobby is None or not self.__keep(guard.lobby, request, client_address):
+                self.process_request(request, client_address)
         except Exception as error:
             self._fail(*_inline.leave(request, client_address), error, started)
         except BaseException as error:
@@ -668,7 +669,9 @@ class BaseServer:
         patience = poll_interval if needs_it else None
         lobby = self._guard.lobby
         remaining = None if lobby is None else lobby.remaining(time())
-        return min((x for x in (patience, remaining) if x is not None), default=None)
+        if remaining is None:
+            return patience
+        return remaining if patience is None else min(patience, remaining)
 
     def __wait(self, acceptor: Acceptor, timeout: float | None) -> bool:
         pause = self.__pause
@@ -787,7 +790,7 @@ class BaseServer:
 
     def __verify(self, request: Request, client_address: ClientAddress) -> bool:
         """Ask the program about a peer that was not known before its preamble."""
-        if not self._verifies_late:
+        if not self._guard.verifies_late:
             return True
         refusal = self._guard.admit_peer(request, client_address)
         if refusal is None and not self.verify_request(request, client_address):
@@ -810,13 +813,8 @@ class BaseServer:
         """Say whether a handler is made only after its peer has spoken; for the families."""
         return False
 
-    def __begin(self, request: Request, client_address: ClientAddress) -> None:
-        """Process a request, now or when its peer has begun to speak."""
-        lobby = self._guard.lobby
-        if lobby is None or not self.__keep(lobby, request, client_address):
-            self.process_request(request, client_address)
-
     def __keep(self, lobby: Lobby, request: Request, client_address: ClientAddress) -> bool:
+        """Keep a request until its peer has begun to speak, if it has to; say whether."""
         return (
             # There has to be a loop that looks after it.
             (len(self.__acceptors) > 0 or self.draining.is_set())
@@ -896,11 +894,6 @@ class BaseServer:
                         left -= 1
                 elif lobby is None or not self.__let_in_last(lobby):
                     break
-
-    @property
-    def _verifies_late(self) -> bool:
-        """Whether the client address is not known before `prepare_request`."""
-        return False
 
     def __await_requests(self, drain: Drain) -> None:
         """Wait until what was taken has been served, as far as the engine knows."""
