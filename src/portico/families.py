@@ -249,7 +249,7 @@ class TCPServer(BaseServer):
         try:
             request.close()
         finally:
-            if connection is not None:
+            if connection is not None and connection.gate is not None:
                 guard.note_closed(connection)
 
 

@@ -179,12 +179,17 @@ class Guard:
 
     def track(self, request: Request, client_address: ClientAddress) -> Connection:
         """Remember a connection, unless it is known already."""
-        connection = self.connections.get(request)
+        # The gate has it already, if there is one.
+        connection = None if self.gate is None else self.connections.get(request)
         if connection is None:
             connection = self.connections.add(request, client_address)
+        self._wake_keeper()
+        return connection
+
+    def _wake_keeper(self) -> None:
+        """Have the timekeeper look at a connection that has come."""
         if self.keeper is not None and self.keeper.is_asleep:
             self.keeper.wake()
-        return connection
 
     @property
     def is_full(self) -> bool:
@@ -244,11 +249,10 @@ class Guard:
 
     def note_closing(self, request: Request) -> Connection | None:
         """Forget a connection whose socket is closed next; ``None`` if nobody knows it."""
-        connection = self.connections.get(request)
-        if connection is None:
-            return None
         if self.drain is not None:
-            self.drain.note_end(connection)
+            connection = self.connections.get(request)
+            if connection is not None:
+                self.drain.note_end(connection)
         return self.connections.remove(request)
 
     def _note_lost(self, connection: Connection) -> None:
@@ -330,7 +334,7 @@ class Guard:
             self.connections.by_request[id(request)] = connection
             if self.gate is not None:  # it judges whom a proxy speaks for
                 self._take_place(self.gate, connection)
-            self.track(request, connection.client_address)
+            self._wake_keeper()
 
 
 def check_timeout(name: str, value: float | None) -> None:

@@ -762,13 +762,15 @@ class BaseServer:
     def _end(self, request: Request) -> Connection | None:
         """Shut a request down, and give its place back; the only way in which one ends."""
         guard = self._guard
-        connection = guard.connections.get(request)
+        by_request, key = guard.connections.by_request, id(request)
+        connection = by_request.get(key)
         try:
             self.shutdown_request(request)
         finally:
             # The family has done so when it closed the connection, unless a program keeps that
             # from happening, to go on with the connection elsewhere.
-            if connection is not None and guard.note_closing(request) is not None:
+            if key in by_request and guard.note_closing(request) is not None:
+                assert connection is not None, "it was there before"
                 guard.note_closed(connection)
         return connection
 
@@ -776,7 +778,7 @@ class BaseServer:
         self, request: Request, client_address: ClientAddress
     ) -> tuple[Request, ClientAddress]:
         """Have a request prepared, and know it under what it has become."""
-        connection = self._guard.connections.get(request)
+        connection = self._guard.connections.by_request.get(id(request))
         if connection is not None:
             connection.thread = threading.get_native_id()
         prepared = self.prepare_request(request, client_address)
