@@ -127,7 +127,9 @@ class Gate:
         lock = self.lock
         lock.acquire()  # as above
         try:
-            self._leave(client_address)
+            self.places.leave(client_address)
+            if self._is_awaited:
+                self._tell_room()
         finally:
             lock.release()
         if self._lost:
@@ -160,18 +162,19 @@ class Gate:
             try:
                 while self._lost:
                     client_address, peer = self._lost.popleft()
-                    self._leave(client_address)
+                    self.places.leave(client_address)
+                    if self._is_awaited:
+                        self._tell_room()
                     if peer is not None and self._peers is not None:
                         self._peers.leave(peer)
             finally:
                 self.lock.release()
 
-    def _leave(self, client_address: Any) -> None:
-        self.places.leave(client_address)
-        if self._is_awaited:
-            self._is_awaited = False
-            assert self._room is not None
-            self._room.tell()
+    def _tell_room(self) -> None:
+        """Tell who waits that there is room; with the lock."""
+        self._is_awaited = False
+        assert self._room is not None
+        self._room.tell()
 
     def await_room(self) -> int | None:
         """Return a descriptor that is readable as soon as there is a place; ``None`` if there is.

@@ -280,9 +280,13 @@ class Guard:
             self.note_closed(connection)
 
     def note_closed(self, connection: Connection) -> None:
-        """Give the place of a connection back, now that its socket is closed."""
-        gate: Gate | None = vars(connection).pop("gate", None)  # one step: for one caller only
+        """Give the place of a connection back, now that its socket is closed.
+
+        For whoever took it out of the set of those that are open, and so for one caller only.
+        """
+        gate = connection.gate
         if gate is not None:
+            connection.gate = None
             gate.leave(connection.client_address)
             if gate.knows_proxies and connection.peer is not None:
                 gate.leave_peer(connection.peer)
