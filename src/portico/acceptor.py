@@ -189,6 +189,8 @@ class Wakeup:
             os.read(self._reader, 4096)
         except BlockingIOError:  # a process that shares the pipe was faster
             pass
+        if self._hears_signals:  # one may have rung
+            run_signal_handlers()
 
     def close(self) -> None:
         """Close the pipe, in the thread that made it.  A `wake` that comes later does nothing."""
@@ -217,9 +219,16 @@ class Wakeup:
         else:
             signal.set_wakeup_fd(previous)
             self.misses_signals = True
-        # Runs the handlers of signals that came before.  Until Python 3.13 one that arrives while
-        # a thread takes the interpreter's lock can be lost sight of until the next time.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        run_signal_handlers()
+
+
+def run_signal_handlers() -> None:
+    """Run the handlers of signals that have arrived; in the main thread.
+
+    The interpreter does so by itself, but until Python 3.13 a signal that arrives while a thread
+    takes the interpreter's lock can be lost sight of until the next one.  This call looks for it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Acceptor:
