@@ -663,10 +663,10 @@ def test_a_client_that_does_not_speak_tls_is_told(module: Any, authority: Author
                 while client.recv(4096):
                     pass
     finally:
-        unsubscribe()
         server.shutdown()
-        server.server_close()
+        server.server_close()  # which waits for the worker, and so for what it tells
         thread.join(BOUND)
+        unsubscribe()
     assert [event.stage for event in failed] == ["TLS handshake"]
 
 
