@@ -277,6 +277,26 @@ def test_a_loop_that_begins_in_the_middle_of_a_drain_ends_at_once(
         draining.result()
 
 
+def test_a_loop_that_ends_leaves_another_alone(
+    running: RunningServer[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both share a thread, as on a green hub."""
+    has_ended = threading.Event()
+    shutdown = running.server.shutdown
+
+    def shutdown_later() -> None:
+        assert has_ended.wait(PATIENCE)
+        shutdown()
+
+    monkeypatch.setattr(running.server, "shutdown", shutdown_later)
+    draining = Call(running.server.drain, PATIENCE)
+    eventually(running.server.draining.is_set)
+    Call(running.server.serve_forever).result()
+    has_ended.set()
+    draining.result()
+    running.wait_ended()
+
+
 @pytest.mark.parametrize("kind", [ThreadingUDPServer, GreenUDPServer])
 def test_a_datagram_whose_handler_goes_on_is_not_waited_for(kind: Any) -> None:
     class Deaf(BaseRequestHandler):

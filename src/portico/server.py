@@ -226,6 +226,7 @@ class BaseServer:
         """
         here = os.getpid(), threading.get_ident()
         is_stopping = partial(vars(self).get, "_BaseServer__shutdown_request")
+        acceptor = None
         try:
             with self.__lock:
                 self.__loops += (here,)  # first of all: a signal handler may call shutdown()
@@ -246,7 +247,7 @@ class BaseServer:
                     break
                 self.service_actions()
         finally:
-            self.__stop(here)
+            self.__stop(here, acceptor)
         if self.__drain_wish is not None:
             self.drain(*self.__drain_wish)
 
@@ -622,22 +623,33 @@ class BaseServer:
             emit(ServerStarted(self))
         return acceptor
 
-    def __stop(self, loop: tuple[int, int]) -> None:
-        """Undo what `__start` did for this loop; after the last one, release `shutdown`."""
+    def __stop(self, loop: tuple[int, int], acceptor: Acceptor | None) -> None:
+        """Undo what `__start` did for this loop; after the last one, release `shutdown`.
+
+        Args:
+            loop: Its process and its thread, which it may share with another: one that a handler
+                runs, or one on the same hub.
+            acceptor: What it waited with; ``None`` if `__start` returned none, or did not return.
+        """
         with self.__lock:
-            acceptors = self.__acceptors
-        for acceptor in acceptors:
-            if (acceptor.process, acceptor.thread) == loop:
-                acceptor.close()
-                if ServerStopped.subscribers:
-                    emit(ServerStopped(self))
-        process, thread = loop
+            is_alone = self.__loops.count(loop) == 1
+            mine = [
+                other
+                for other in self.__acceptors
+                if other is acceptor
+                # A signal handler may have raised before the loop got to know it.
+                or (acceptor is None and is_alone and (other.process, other.thread) == loop)
+            ]
+        for each in mine:
+            each.close()
+            if ServerStopped.subscribers:
+                emit(ServerStopped(self))
         with self.__lock:
             # What a forked process has inherited is its parent's, to wake and to end.
             self.__acceptors = tuple(
                 other
                 for other in self.__acceptors
-                if other.process == process and other.thread != thread
+                if other.process == loop[0] and other not in mine
             )
             if not self.__acceptors:
                 self.__shutdown_request = False
@@ -645,7 +657,9 @@ class BaseServer:
                 if self.__phase is Phase.SERVING:
                     self.__phase = move(self.__phase, Phase.STOPPED)
                 self.__release_room()
-            self.__loops = tuple(other for other in self.__loops if other != loop)
+            if loop in self.__loops:
+                at = self.__loops.index(loop)
+                self.__loops = (*self.__loops[:at], *self.__loops[at + 1 :])
 
     @property
     def __serves_here(self) -> bool:
