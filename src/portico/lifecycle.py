@@ -111,10 +111,6 @@ class DrainTally:
         """
         self._open.setdefault(connection, (accepted, _Fate.FINISHED))
 
-    def forget(self, connection: Hashable) -> None:
-        """Leave a connection out that is open: nobody waits for its end any more."""
-        self._open.pop(connection, None)
-
     def mark_idle(self, connection: Hashable) -> None:
         """Note that it is given end-of-file because it is idle.
 
