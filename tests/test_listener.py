@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from portico import address, listener
+from portico import address, diagnosis, listener
 from portico.address import Scheme
 from portico.errors import ListenerError, PorticoError
 from portico.holders import Holder
-from portico.listener import Place, SocketFile
+from portico.listener import SocketFile
+from portico.place import Place
 
 STREAM, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
@@ -35,8 +36,8 @@ def bound(where: Place) -> tuple[socket.socket, SocketFile | None]:
     """A socket that was bound as a server would do it, and the file that this made."""
     made = socket.socket(where.family, where.address.scheme.socket_type)
     try:
-        with listener.explained(where):
-            return made, listener.bind(made, where, lambda: made.bind(where.name))
+        with diagnosis.explained(where):
+            return made, listener.bind(made, where)
     except BaseException:
         made.close()
         raise
@@ -317,7 +318,7 @@ def test_a_file_that_has_taken_its_place_stays(unix: Place, path: Path) -> None:
 
 def failure(text: str, number: int) -> ListenerError:
     """What an error of the system becomes at an address."""
-    with pytest.raises(ListenerError) as caught, listener.explained(place(text)):
+    with pytest.raises(ListenerError) as caught, diagnosis.explained(place(text)):
         raise OSError(number, os.strerror(number))
     assert caught.value.errno == number
     assert str(caught.value).startswith(f"cannot listen on {text}: ")
@@ -345,7 +346,7 @@ def failure(text: str, number: int) -> ListenerError:
 def test_an_error_is_said_with_what_would_help(
     monkeypatch: pytest.MonkeyPatch, text: str, number: int, expected: str
 ) -> None:
-    monkeypatch.setattr(listener, "_first_unprivileged_port", lambda: 1024)
+    monkeypatch.setattr(diagnosis, "_first_unprivileged_port", lambda: 1024)
     assert expected in str(failure(text, number))
 
 
@@ -362,15 +363,15 @@ def test_an_error_is_one_that_programs_catch_already() -> None:
 
 
 def test_other_errors_pass_through() -> None:
-    with pytest.raises(ZeroDivisionError), listener.explained(place("tcp://127.0.0.1:80")):
+    with pytest.raises(ZeroDivisionError), diagnosis.explained(place("tcp://127.0.0.1:80")):
         raise ZeroDivisionError
 
 
 def test_the_first_port_for_everybody_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
-    assert listener._first_unprivileged_port() == int(here.read_text())
+    assert diagnosis._first_unprivileged_port() == int(here.read_text())
     monkeypatch.setattr(Path, "read_text", _refuse)
-    assert listener._first_unprivileged_port() == 1024
+    assert diagnosis._first_unprivileged_port() == 1024
 
 
 @pytest.mark.parametrize("scheme", [*Scheme])
@@ -420,7 +421,7 @@ def test_an_address_in_use_names_the_process(scheme: Scheme, path: Path) -> None
 def test_who_could_be_asked_is_named(
     monkeypatch: pytest.MonkeyPatch, holders: tuple[Holder, ...], expected: str
 ) -> None:
-    monkeypatch.setattr(listener, "find_holders", lambda *_, **__: holders)
+    monkeypatch.setattr(diagnosis, "find_holders", lambda *_, **__: holders)
     assert expected in str(failure("tcp://127.0.0.1:80", errno.EADDRINUSE))
 
 
@@ -436,5 +437,5 @@ def test_who_could_be_asked_is_named(
 def test_where_nobody_can_be_named_the_command_is(
     monkeypatch: pytest.MonkeyPatch, text: str, command: str
 ) -> None:
-    monkeypatch.setattr(listener, "find_holders", lambda *_, **__: ())
+    monkeypatch.setattr(diagnosis, "find_holders", lambda *_, **__: ())
     assert f"in use; `{command}`, run as root" in str(failure(text, errno.EADDRINUSE))

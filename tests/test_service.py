@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
 from portico.errors import ListenerError, SettingError
 from portico.lifecycle import DrainReport
-from portico.listener import resolve
+from portico.listener import OpenListener, open_listener, resolve
 from portico.service import FAMILIES, Service, Tally, server_class
 from portico.settings import Settings
 from tests.support import PATIENCE, Call, eventually, nothing_left_behind
@@ -41,7 +41,8 @@ class TellProcess(portico.StreamRequestHandler):
 
 def serving(*texts: str, handler: Any = Echo, **settings: Any) -> Service:
     addresses = [address.parse(text) for text in texts or [LOOPBACK]]
-    return Service(handler, addresses, Settings(**settings))
+    shared = Settings(**settings)
+    return Service([service.Assignment(handler, each, shared) for each in addresses])
 
 
 def done(tally: Tally) -> tuple[address.Address, int, int, int]:
@@ -118,21 +119,22 @@ def test_a_server_is_an_engine_before_a_family(
 ) -> None:
     """And is called like the combination of that name, where there is one."""
     text = f"{scheme}:{tmp_path}/a" if scheme.is_unix else f"{scheme}://127.0.0.1:0"
-    made = server_class(resolve(address.parse(text)), Settings(engine=engine).resolved(1024))
+    with closing(open_listener(address.parse(text))) as opened:
+        made = server_class(opened, Settings(engine=engine).resolved(1024))
     assert issubclass(made, family)
     prefix = PREFIXES[engine]
     assert made.__name__ == f"{prefix}{family.__name__}"
     assert issubclass(made, getattr(portico, f"{prefix}MixIn", portico.BaseServer))
-    assert made.allow_reuse_address is (scheme in {Scheme.TCP, Scheme.TLS})
 
 
 def test_engines_are_set_up_as_they_know_it() -> None:
-    place = resolve(address.parse(LOOPBACK))
+    opened = OpenListener(resolve(address.parse(LOOPBACK)), socket.socket())
+    opened.close()
     green = Settings(engine="green", hubs=4)
-    assert vars(server_class(place, green.resolved(1024)))["max_hubs"] == 4
-    assert "max_hubs" not in vars(server_class(place, Settings(engine="green").resolved(1024)))
+    assert vars(server_class(opened, green.resolved(1024)))["max_hubs"] == 4
+    assert "max_hubs" not in vars(server_class(opened, Settings(engine="green").resolved(1024)))
     pool = Settings(engine="pool", max_workers=3)
-    assert vars(server_class(place, pool.resolved(1024)))["max_workers"] == 3
+    assert vars(server_class(opened, pool.resolved(1024)))["max_workers"] == 3
 
 
 def test_a_server_has_what_protects_it() -> None:

@@ -24,7 +24,7 @@ from portico.engines import ENGINES, HUBS_OF, WORKERS_OF
 from portico.engines import settings as engine_settings
 from portico.errors import PorticoError, SettingError
 from portico.gate import WhenFull
-from portico.service import Service, Tally, raise_descriptor_limit
+from portico.service import Assignment, Service, Tally, raise_descriptor_limit
 from portico.settings import AUTO, CLIENT_CERTIFICATES, Settings
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -216,7 +216,7 @@ def serve(
     raise_descriptor_limit()
     with _logged(log_level):
         with _refused():
-            serving = Service(handler, addresses, settings)
+            serving = Service([Assignment(handler, each, settings) for each in addresses])
         with serving, serving.stopped_by_signals():
             for bound in serving.addresses:
                 _say(f"ready on {bound}")

@@ -1,8 +1,9 @@
-"""Bind a listener to an address, and say what is wrong when that fails.
+"""Open a listener at an address.
 
 Owns what the socket calls leave open: which family an address belongs to, IPv4 and IPv6 on one
-socket, the life of a Unix socket's file, and the words for each error.  Leaves the socket itself
-to the server that has it (`portico.families`).
+socket, the life of a Unix socket's file, and whose the listener is where several processes accept
+from it.  Leaves accepting to the server that has it, and the words for errors to
+`portico.diagnosis`.
 
 Sources: ipv6(7) (``IPV6_V6ONLY``); unix(7) (the file outlives its socket; connect(2) to one that
 nobody listens on is refused); bind(2) (errors).
@@ -10,23 +11,21 @@ nobody listens on is refused); bind(2) (errors).
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
-import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, Self
 
-from portico.address import Address, InternetAddress, UnixAddress, from_socket_name
-from portico.errors import ListenerError
-from portico.holders import Holder, find_holders
+from portico.address import Address, Scheme, UnixAddress
+from portico.diagnosis import explained, failure, is_socket, unresolved
+from portico.place import Place
 
 SOCKET_MODE: Final = 0o600
 """What others than the owner may do with the file of a Unix socket: nothing."""
@@ -38,36 +37,7 @@ It takes well under a millisecond.  Who holds the lock for longer keeps a cleane
 files away, and does not mean us.
 """
 
-SocketName: TypeAlias = "tuple[Any, ...] | str | bytes"
-"""What ``bind`` takes and ``getsockname`` returns; its shape depends on the family."""
-
 _changing_umask = threading.Lock()  # guards the umask, which all threads share
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an address is, in the terms of the system.
-
-    Attributes:
-        address: The address.
-        family: The address family of its socket.
-        name: What the socket is bound to.
-        dual_stack: Whether an IPv6 socket serves IPv4 as well.
-    """
-
-    address: Address
-    family: socket.AddressFamily
-    name: SocketName
-    dual_stack: bool = False
-
-    @property
-    def path(self) -> Path | None:
-        """The file of a Unix socket; ``None`` if there is none."""
-        return Path(self.name) if isinstance(self.name, str) else None
-
-    def address_of(self, name: SocketName) -> Address:
-        """Return the address of a socket that was bound here, port and all."""
-        return from_socket_name(self.address.scheme, name, dual_stack=self.dual_stack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +89,93 @@ def resolve(address: Address) -> Place:
             flags=socket.AI_PASSIVE,
         )
     except socket.gaierror as error:
-        raise _failure(error, address, _unresolved(address, error)) from error
+        raise failure(error, address, unresolved(address, error)) from error
     family, _, _, _, name = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return Place(address, family, name)
 
 
-def bind(listener: socket.socket, place: Place, bind: Callable[[], object]) -> SocketFile | None:
+class OpenListener:
+    """A listener that is bound and listens, before a server has it and beside it.
+
+    Args:
+        place: Where it is.
+        bound: Its socket.
+        file: The file that binding it has made, to be removed with it.
+        is_lent: Whether other processes accept from it, too, and another closes it.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        bound: socket.socket,
+        file: SocketFile | None = None,
+        *,
+        is_lent: bool = False,
+    ) -> None:
+        self.place = place
+        self.socket = bound
+        self.is_lent = is_lent
+        self._file = file
+        self._process = os.getpid()
+
+    @property
+    def address(self) -> Address:
+        """The address that was bound, with the port that the system chose."""
+        return self.place.address_of(self.socket.getsockname())
+
+    def lend(self) -> Self:
+        """Return another hold on the same listener, for who must not end it by closing it."""
+        return type(self)(self.place, self.socket.dup(), is_lent=True)
+
+    def close(self) -> None:
+        """Close it, and remove the file of a Unix socket.  Callable again.
+
+        A child that serves a connection has inherited the listener, and would keep it open: clients
+        would connect, and nobody would accept them.  So it is shut down, unless it was lent.
+        """
+        file, self._file = self._file, None
+        if os.getpid() == self._process and not self.is_lent:
+            if file is not None:
+                file.remove()
+            if not self.place.address.scheme.is_datagram:
+                with suppress(OSError):  # it is closed already
+                    self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+def open_listener(address: Address, *, backlog: int = socket.SOMAXCONN) -> OpenListener:
+    """Open a listener at an address, for one process or for many.
+
+    Accepting from it never waits: of several processes that see a client come, one gets it, and the
+    others must not be held.
+
+    Args:
+        address: Where.
+        backlog: Connections that the kernel completes and holds until they are accepted.
+
+    Raises:
+        ListenerError: The system refuses; the message says why, and what would help.
+    """
+    place = resolve(address)
+    scheme = address.scheme
+    with explained(place):
+        made = socket.socket(place.family, scheme.socket_type)
+        try:
+            if scheme in {Scheme.TCP, Scheme.TLS}:
+                # A service can start again while connections of the last one linger.  For datagrams
+                # the same option would let two services take each other's.
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            file = bind(made, place)
+            if not scheme.is_datagram:
+                made.listen(backlog)
+                made.setblocking(False)
+        except BaseException:
+            made.close()
+            raise
+    return OpenListener(place, made, file)
+
+
+def bind(listener: socket.socket, place: Place) -> SocketFile | None:
     """Bind `listener`, with everything around it that its place asks for.
 
     An IPv6 socket serves IPv4 if, and only if, its place says so.  The file of a Unix socket is
@@ -133,38 +184,24 @@ def bind(listener: socket.socket, place: Place, bind: Callable[[], object]) -> S
     Args:
         listener: A fresh socket.
         place: Where it belongs.
-        bind: Does the binding proper, to the name of the place; a server's ``server_bind``.
 
     Returns:
         The file that was made, to be removed by whoever closes the socket.
 
     Raises:
-        OSError: The system refuses; `explained` knows the words for it.
+        OSError: The system refuses; `portico.diagnosis` knows the words for it.
     """
     if place.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not place.dual_stack)
     if place.path is None:
-        bind()
+        listener.bind(place.name)
         return None
     with _stale_removed(place.path, listener.type), _narrow_mode(listener):
-        bind()
+        listener.bind(place.name)
         if listener.type == socket.SOCK_STREAM:
             # At once: until it listens, it looks as dead as what is replaced here.
             listener.listen()
         return SocketFile.at(place.path)
-
-
-@contextmanager
-def explained(place: Place) -> Generator[None]:
-    """Say why, and what would help, when the system refuses a place.
-
-    Raises:
-        ListenerError: Instead of an `OSError` of the block, which makes a listener.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _failure(error, place.address, _reason(error, place)) from error
 
 
 # --------------------------------------------------------------------- the file of a Unix socket
@@ -175,15 +212,9 @@ def _stale_removed(path: Path, kind: int) -> Generator[None]:
     """Remove the file of a socket that nobody listens on, and let nobody in between."""
     # Alone even where there is no file: the one that is made now looks stale until it listens.
     with _alone_in(path.parent):
-        if _is_socket(path) and _is_stale(path, kind):
+        if is_socket(path) and _is_stale(path, kind):
             path.unlink()
         yield
-
-
-def _is_socket(path: Path) -> bool:
-    with suppress(OSError):
-        return stat.S_ISSOCK(path.lstat().st_mode)
-    return False
 
 
 def _is_stale(path: Path, kind: int) -> bool:
@@ -238,120 +269,3 @@ def _narrow_mode(
             yield
         finally:
             os.umask(before)
-
-
-# -------------------------------------------------------------------------- the words for errors
-
-
-def _failure(error: OSError, address: Address, reason: str) -> ListenerError:
-    failure = ListenerError(f"cannot listen on {address}: {reason}")
-    failure.errno = error.errno
-    return failure
-
-
-def _unresolved(address: InternetAddress, error: socket.gaierror) -> str:
-    """Say why a host has no address."""
-    if "%" in address.host:
-        return _no_interface(address)
-    if error.errno == socket.EAI_AGAIN:
-        return f"the resolver has no answer for {address.host!r} at the moment"
-    return (
-        f"the host name {address.host!r} does not resolve; an address such as "
-        f"{address.scheme}://127.0.0.1:{address.port} needs no resolver"
-    )
-
-
-def _no_interface(address: InternetAddress) -> str:
-    interface = address.host.partition("%")[2]
-    return f"this machine has no interface {interface!r}; `ip -brief link` lists those it has"
-
-
-def _reason(error: OSError, place: Place) -> str:
-    """Say why the system refuses a place, and what would help."""
-    if error.errno == errno.EADDRINUSE:
-        if place.path is None or _is_socket(place.path):
-            return _in_use(place)
-        return "there is a file at this path that is not a socket; it was left alone"
-    if isinstance(place.address, UnixAddress):
-        return _unix_reason(error, place.address)
-    return _internet_reason(error, place.address)
-
-
-def _internet_reason(error: OSError, address: InternetAddress) -> str:
-    match error.errno:
-        case errno.EACCES | errno.EPERM:
-            return _no_permission(address)
-        case errno.EADDRNOTAVAIL:
-            return (
-                f"{address.host} is not an address of this machine; "
-                "`ip -brief address` lists those it has"
-            )
-        case errno.EAFNOSUPPORT:
-            return "this machine has no IPv6"
-        case errno.EINVAL | errno.ENODEV if "%" in address.host:
-            return _no_interface(address)
-        case errno.EINVAL if address.host.startswith("fe80:"):
-            return (
-                "a link-local address needs the interface it belongs to: "
-                f"{address.scheme}://[{address.host}%INTERFACE]:{address.port}"
-            )
-        case _:
-            return _strerror(error)
-
-
-def _unix_reason(error: OSError, address: UnixAddress) -> str:
-    directory = Path(address.path).absolute().parent
-    match error.errno:
-        case errno.EACCES | errno.EPERM:
-            return (
-                f"no permission to make a socket in {directory}; "
-                "choose a directory in which you may write"
-            )
-        case errno.ENOENT if not directory.is_dir():
-            return f"there is no directory {directory}; make it first, or choose another"
-        case errno.ENOTDIR:
-            return f"{directory} is not a directory"
-        case _:
-            return _strerror(error)
-
-
-def _in_use(place: Place) -> str:
-    """Say who holds a place, or how to find out."""
-    scheme = place.address.scheme
-    holders = find_holders(
-        place.family, scheme.socket_type, place.name, dual_stack=place.dual_stack
-    )
-    if any(holder.pid == os.getpid() for holder in holders):
-        return "in use by this very process; is the address given twice?"
-    if holders:
-        return f"in use by {_named(holders)}"
-    command = "-lxp" if scheme.is_unix else "-lunp" if scheme.is_datagram else "-ltnp"
-    return f"in use; `ss {command}`, run as root, names the process"
-
-
-def _named(holders: tuple[Holder, ...]) -> str:
-    """Name processes: the first, which is the parent of the others as a rule, and their number."""
-    first, *others = holders
-    named = f"{first.command} (process {first.pid})"
-    return f"{named} and {len(others)} more" if others else named
-
-
-def _no_permission(address: InternetAddress) -> str:
-    limit = _first_unprivileged_port()
-    if address.port >= limit:
-        return "the system does not permit it"
-    return (
-        f"no permission for a port below {limit}; choose one from {limit} on, "
-        "or run it with the capability CAP_NET_BIND_SERVICE"
-    )
-
-
-def _first_unprivileged_port() -> int:
-    """Return the first port that everybody may bind; Linux lets the administrator choose it."""
-    with suppress(OSError, ValueError):
-        return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
-    return 1024
-
-
-def _strerror(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""Run servers of one handler side by side: one for each address, started and stopped together.
+"""Run servers side by side: one for each address, started and stopped together.
 
 Owns how a server is put together from settings and an address, which of its loops runs in which
 thread, how a signal drains all of them, and the count of what was served.  Leaves serving and
@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import ceil, inf
@@ -23,7 +23,6 @@ from queue import SimpleQueue
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
-from portico import listener
 from portico.acceptor import Wakeup
 from portico.address import Address, Scheme, parse
 from portico.drain import LAST_WORDS
@@ -36,11 +35,13 @@ from portico.events import (
     ConnectionClosed,
     ConnectionRefused,
     Event,
+    ListenerBound,
+    emit,
     subscribe,
 )
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from portico.lifecycle import DrainReport
-from portico.listener import Place, SocketFile
+from portico.listener import OpenListener, open_listener
 from portico.settings import Settings, SettingValues
 from portico.target import Handler, check_scheme
 
@@ -89,41 +90,49 @@ CUT: Final = frozenset({CloseReason.INTERRUPTED, CloseReason.CUT, CloseReason.DE
 """Why connections close under their handlers."""
 
 
-class AddressedMixIn(_Base):
-    """Bind to a `Place`, and remove the file of a Unix socket when the server is closed.
+class AdoptingMixIn(_Base):
+    """Serve on a listener that is open already.
 
-    Extends `server_bind`, and the closing of the listener, with what `portico.listener` does.
+    Owns `server_bind`, `server_activate` and the closing of the listener.
     """
 
-    place: Place
-    """Where the server belongs."""
-
-    _file: SocketFile | None = None
-    _process: int | None = None
+    opened: OpenListener
+    """The listener."""
 
     @property
     def address(self) -> Address:
         """The address that was bound, with the port that the system chose."""
-        return self.place.address_of(self.server_address)
+        return self.opened.place.address_of(self.server_address)
 
     def server_bind(self) -> None:
-        """Bind as the place asks for."""
-        self._process = os.getpid()
-        self._file = listener.bind(self.socket, self.place, super().server_bind)
+        """Take the listener over."""
+        self.socket.close()  # every server makes one for itself
+        self.socket = self.opened.socket
+        self.server_address = self.socket.getsockname()
+        if ListenerBound.subscribers:
+            emit(ListenerBound(self, self.server_address))
+
+    def server_activate(self) -> None:
+        """Do nothing: it listens."""
 
     def _close_listener(self) -> None:
-        """Remove the file of a Unix socket, if this server made it, and close the listener.
-
-        A child that serves a connection has inherited the listener, and would keep it open: clients
-        would connect, and nobody would accept them.
-        """
-        file, self._file = self._file, None
-        if file is not None:
-            file.remove()
-        if os.getpid() == self._process and not self.place.address.scheme.is_datagram:
-            with suppress(OSError):  # it is closed already
-                self.socket.shutdown(socket.SHUT_RDWR)
+        self.opened.close()
         super()._close_listener()
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a server is to do.
+
+    Attributes:
+        handler: What serves each request.
+        address: Where.
+        settings: What runs and protects the server.
+    """
+
+    handler: Handler
+    address: Address
+    settings: Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,31 +158,34 @@ class Tally:
 
 
 class Service:
-    """Servers of one handler, one for each address, bound when it is made.
+    """Servers side by side, bound when it is made.
 
     A context manager; leaving the ``with`` block closes the servers.
     """
 
     def __init__(
-        self, handler: Handler, addresses: Sequence[Address], settings: Settings | None = None
+        self, assignments: Sequence[Assignment], listeners: Sequence[OpenListener] | None = None
     ) -> None:
-        """Bind every address, or none.
+        """Make a server for each assignment, or none.
 
         Args:
-            handler: What serves each request.
-            addresses: Where; at least one.
-            settings: What runs and protects the servers; ``None`` for all that is safe.
+            assignments: What to serve; at least one.
+            listeners: A listener for each, which is closed with its server; ``None`` to open them
+                here.
 
         Raises:
             CertificateError: A certificate or key cannot be used.
             ListenerError: An address cannot be had.
             SettingError: There is a TLS address and no certificate, or the other way round.
         """
-        settings = settings or Settings()
-        settings.check_addresses(addresses)
-        self._settings = settings.resolved(descriptor_limit(), len(addresses))
-        certificates = load_certificates(self._settings)
-        self._servers: list[AddressedMixIn] = []
+        count, limit = len(assignments), descriptor_limit()
+        # By identity: assignments share their settings, and those share one look at their files.
+        settings = {id(each.settings): each.settings for each in assignments}
+        for own in settings.values():
+            own.check_addresses(each.address for each in assignments if each.settings is own)
+        certificates = {key: load_certificates(each) for key, each in settings.items()}
+        self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
+        self._servers: list[AdoptingMixIn] = []
         self._counters: list[_Counter] = []
         self._is_running = False
         self._is_in_loop = False
@@ -182,11 +194,14 @@ class Service:
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self._wakeup: Wakeup | None = None
         with ExitStack() as closing:
-            for address in addresses:
-                place = listener.resolve(address)
-                kind = server_class(place, self._settings, certificates)
-                with listener.explained(place):
-                    server = kind(place.name, handler)
+            if listeners is None:
+                listeners = open_listeners(assignments)
+            for each in listeners:
+                closing.callback(each.close)
+            for assignment, opened in zip(assignments, listeners, strict=True):
+                own = assignment.settings
+                kind = server_class(opened, own.resolved(limit, count), certificates[id(own)])
+                server = kind(opened.place.name, assignment.handler)
                 counter = _Counter(server)
                 closing.callback(_close, server)
                 closing.callback(counter.close)
@@ -259,7 +274,7 @@ class Service:
         not ended `STOP_PATIENCE` seconds after the time of the drain.
         """
         process = os.getpid()
-        timeout = self._settings.drain_timeout
+        timeout = self._drain_timeout
         before: dict[int, Any] = {}
         alarm: tuple[float, float] | None = None
 
@@ -339,7 +354,7 @@ class Service:
             for loop in loops:
                 loop.start()
             _wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
-            timeout = self._settings.drain_timeout
+            timeout = self._drain_timeout
             deadline = inf if timeout is None else time.monotonic() + timeout + STOP_PATIENCE
             for loop in loops:
                 loop.drain()
@@ -403,37 +418,49 @@ def serve(
     parsed = [parse(each) if isinstance(each, str) else each for each in addresses]
     for address in parsed:
         check_scheme(getattr(handler, "__qualname__", repr(handler)), handler, address.scheme)
-    with Service(handler, parsed, checked) as service:
+    with Service([Assignment(handler, address, checked) for address in parsed]) as service:
         in_main_thread = threading.current_thread() is threading.main_thread()
         with service.stopped_by_signals() if in_main_thread else nullcontext():
             return service.run()
 
 
+def open_listeners(assignments: Sequence[Assignment]) -> list[OpenListener]:
+    """Open a listener for each assignment, or none.
+
+    Raises:
+        ListenerError: An address cannot be had.
+    """
+    with ExitStack() as closing:
+        opened = []
+        for each in assignments:
+            opened.append(open_listener(each.address, backlog=each.settings.backlog))
+            closing.callback(opened[-1].close)
+        closing.pop_all()
+        return opened
+
+
 def server_class(
-    place: Place, settings: Settings, certificates: Certificates | None = None
-) -> type[AddressedMixIn]:
-    """Put together the class that serves `place`: an engine, in front of a family.
+    opened: OpenListener, settings: Settings, certificates: Certificates | None = None
+) -> type[AdoptingMixIn]:
+    """Put together the class that serves a listener: an engine, in front of a family.
 
     Its requests do not outlive the program, nor hold up its end.
 
     Args:
-        place: Where.
+        opened: The listener.
         settings: With a number in the place of each `AUTO`.
         certificates: For an address that speaks TLS.
     """
-    scheme = place.address.scheme
+    scheme = opened.place.address.scheme
     family = FAMILIES[scheme]
     mixin = ENGINES[settings.engine]
     engines = (pkgutil.resolve_name(mixin),) if mixin else ()
     prefix = "".join(kind.__name__.removesuffix("MixIn") for kind in engines)
     names = OF_EVERY_KIND if scheme.is_datagram else OF_EVERY_KIND + OF_CONNECTIONS
-    attributes = {
+    attributes: dict[str, Any] = {
         "__module__": __name__,
-        "place": place,
-        "address_family": place.family,
-        # A service can start again while connections of the last one linger.  For datagrams the
-        # same option would let two services take each other's.
-        "allow_reuse_address": scheme in {Scheme.TCP, Scheme.TLS},
+        "opened": opened,
+        "address_family": opened.place.family,
         "daemon_threads": True,
         "block_on_close": False,
         "request_queue_size": settings.backlog,
@@ -442,7 +469,11 @@ def server_class(
     }
     attributes |= {name: getattr(settings, name) for name in names}
     attributes |= settings.engine_attributes()
-    return type(f"{prefix}{family.__name__}", (*engines, AddressedMixIn, family), attributes)
+    if scheme.is_datagram:
+        # The listener waits, for the sake of handlers that reply by it; the acceptor does not:
+        # another process that has it may be faster.
+        attributes["receive_flags"] = socket.MSG_DONTWAIT
+    return type(f"{prefix}{family.__name__}", (*engines, AdoptingMixIn, family), attributes)
 
 
 def load_certificates(settings: Settings) -> Certificates | None:
@@ -463,6 +494,11 @@ def load_certificates(settings: Settings) -> Certificates | None:
     )
 
 
+def _longest(timeouts: Iterable[float | None]) -> float | None:
+    """Return the longest of several times; ``None`` stands for no limit."""
+    return max(timeouts, key=lambda timeout: inf if timeout is None else timeout)
+
+
 def descriptor_limit() -> int:
     """Return how many descriptors this process may have open; below 0 for no limit."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -478,7 +514,7 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _close(server: AddressedMixIn) -> None:
+def _close(server: AdoptingMixIn) -> None:
     """Close a server, and end the children that still serve for it."""
     server.drain_timeout = None  # it was drained, or is to end at once
     server.server_close()
@@ -505,7 +541,7 @@ def _wait_until(is_so: Callable[[], bool], wakeup: Wakeup, deadline: float = inf
 class _Drainer(threading.Thread):
     """Drains a server whose loop runs elsewhere, once it is asked to."""
 
-    def __init__(self, server: AddressedMixIn, stops: SimpleQueue[None]) -> None:
+    def __init__(self, server: AdoptingMixIn, stops: SimpleQueue[None]) -> None:
         super().__init__(name=f"drain of {server.address}", daemon=True)
         self.error: BaseException | None = None
         self.has_ended = threading.Event()
@@ -545,7 +581,7 @@ class _Drainer(threading.Thread):
 class _Loop(threading.Thread):
     """A serving loop in a thread of its own."""
 
-    def __init__(self, server: AddressedMixIn, wakeup: Wakeup) -> None:
+    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup) -> None:
         super().__init__(name=str(server.address), daemon=True)
         self.error: BaseException | None = None
         self.has_ended = False
@@ -584,7 +620,7 @@ class _Loop(threading.Thread):
 class _Counter:
     """Counts the requests of one server."""
 
-    def __init__(self, server: AddressedMixIn) -> None:
+    def __init__(self, server: AdoptingMixIn) -> None:
         self._server = server
         # Guards the counts.  One for each server: a child that is forked by one acceptor must not
         # inherit a lock that another thread holds.
