@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 import portico
-from portico import cli, events, service, swap
+from portico import cli, events, program, service, swap
 from portico.address import parse
 from portico.engines import ENGINES
 from portico.lifecycle import DrainReport
@@ -32,7 +32,7 @@ LOOPBACK = "tcp://127.0.0.1:0"
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a command changes in its process is put back, or not changed at all."""
-    monkeypatch.setattr(cli, "raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(program, "raise_descriptor_limit", lambda: None)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     log = logging.getLogger("portico")
     level = log.level

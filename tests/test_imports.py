@@ -45,6 +45,7 @@ LAYERS = (
     ("portico.combinations",),
     ("portico.configuration", "portico.service", "portico.settings", "portico.target"),
     ("portico",),
+    ("portico.program",),
     ("portico.cli", "portico.swap"),
     ("portico.__main__",),
 )

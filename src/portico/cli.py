@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,19 +18,17 @@ from typing import IO, Any, Final, NoReturn, TypeVar
 import click
 
 import portico
-from portico import address, logs, swap, target
+from portico import address, program, swap, target
+from portico.configuration import Configuration, ProcessSettings, ServiceSettings
 from portico.engines import ENGINES, HUBS_OF, WORKERS_OF
 from portico.engines import settings as engine_settings
 from portico.errors import PorticoError, SettingError
 from portico.gate import WhenFull
-from portico.service import Assignment, Service, Tally, raise_descriptor_limit
 from portico.settings import AUTO, CLIENT_CERTIFICATES, Settings
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
-
-LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class Refusal(click.ClickException):
@@ -208,22 +205,20 @@ def serve(
     A limit is a number, or none.
     """  # noqa: D301  # \b is click's, and keeps the lines apart
     with _refused():
-        settings = _read(options)  # looked at first: nothing of the target's has run yet
-        handler = target.load(target_name)
-        addresses = [address.parse(text) for text in address_texts]
-        for each in addresses:
-            target.check_scheme(target_name, handler, each.scheme)
-    raise_descriptor_limit()
-    with _logged(log_level):
-        with _refused():
-            serving = Service([Assignment(handler, each, settings) for each in addresses])
-        with serving, serving.stopped_by_signals():
-            for bound in serving.addresses:
-                _say(f"ready on {bound}")
-            started = time.monotonic()
-            tallies = serving.run()
-            _report(tallies, time.monotonic() - started)
-    return _leave if serving.has_left_handlers else None
+        # Looked at first: nothing of the target's has run yet.
+        settings = _read(options)
+        target.read(target_name)  # an address in its place is no address that is wrong
+        addresses = tuple(address.parse(text) for text in address_texts)
+        configuration = Configuration(
+            process=ProcessSettings(log_level=log_level),
+            services=(
+                ServiceSettings(
+                    name="portico", target=target_name, addresses=addresses, settings=settings
+                ),
+            ),
+        )
+        has_left_handlers = program.run(lambda: configuration)
+    return _leave if has_left_handlers else None
 
 
 @commands.command(context_settings={"allow_interspersed_args": False})
@@ -332,42 +327,3 @@ def _refused() -> Generator[None]:
         yield
     except PorticoError as error:
         raise Refusal(str(error)) from error
-
-
-@contextmanager
-def _logged(level: str) -> Generator[None]:
-    """Log the servers' events, to standard error unless the target has arranged otherwise."""
-    logging.basicConfig(format=LOG_FORMAT)
-    logging.getLogger("portico").setLevel(level.upper())
-    detach = logs.attach()
-    try:
-        yield
-    finally:
-        detach()
-
-
-def _report(tallies: Sequence[Tally], seconds: float) -> None:
-    """Say what became of the open connections and what was done, for each of several addresses."""
-    for tally in tallies:
-        where = f"{tally.address}: " if len(tallies) > 1 else ""
-        if tally.drained is not None and not tally.address.scheme.is_datagram:
-            _say(f"{where}{tally.drained}")
-        if where:
-            _say(f"{where}{_counts([tally])}")
-    _say(f"stopped after {seconds:.1f} s: {_counts(tallies)}")
-
-
-def _counts(tallies: Sequence[Tally]) -> str:
-    served = sum(tally.served for tally in tallies)
-    refused = sum(tally.refused for tally in tallies)
-    cut_off = sum(tally.cut_off for tally in tallies)
-    words = [f"{served} request{'s' * (served != 1)} served"]
-    if refused:
-        words.append(f"{refused} refused")
-    if cut_off:
-        words.append(f"{cut_off} cut off")
-    return ", ".join(words)
-
-
-def _say(text: str) -> None:
-    click.echo(f"portico: {text}", err=True)

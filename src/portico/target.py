@@ -44,6 +44,24 @@ class TargetError(PorticoError):
         self.target, self.reason = target, reason
 
 
+def read(target: str) -> tuple[str, str, bool]:
+    """Take the name of a target apart, without a look at what it names.
+
+    Returns:
+        The module or path, the attribute, and whether it is a path.
+
+    Raises:
+        TargetError: It is no name of one.
+    """
+    if "://" in target:
+        raise TargetError(target, f"it is an address, and the target comes first; {EXPECTED}")
+    place, _, attribute = target.rpartition(":")
+    is_file = place.endswith(".py") or os.sep in place
+    if not place or not attribute or (place.startswith(".") and not is_file):
+        raise TargetError(target, EXPECTED)
+    return place, attribute, is_file
+
+
 def load(target: str) -> Handler:
     """Import the module, or run the file, that `target` names, and return its handler.
 
@@ -58,12 +76,7 @@ def load(target: str) -> Handler:
         TargetError: There is no such module or attribute, the module fails, or what was found
             is no handler.
     """
-    if "://" in target:
-        raise TargetError(target, f"it is an address, and the target comes first; {EXPECTED}")
-    place, _, attribute = target.rpartition(":")
-    is_file = place.endswith(".py") or os.sep in place
-    if not place or not attribute or (place.startswith(".") and not is_file):
-        raise TargetError(target, EXPECTED)
+    place, attribute, is_file = read(target)
     module = _import_file(target, Path(place)) if is_file else _import_module(target, place)
     found = _attribute(target, module, attribute)
     _check_handler(target, found)

@@ -1,0 +1,101 @@
+"""Run what a configuration says, and say what happens.
+
+Owns the words about a running program: where it is ready, and what it did.  Leaves what a program
+is told to `portico.configuration` and to who reads it, and serving to `portico.service`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from portico import logs, target
+from portico.configuration import Configuration, ServiceSettings
+from portico.service import Assignment, Service, Tally, raise_descriptor_limit
+
+LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def run(load: Callable[[], Configuration]) -> bool:
+    """Serve until SIGINT or SIGTERM, in the main thread.
+
+    Args:
+        load: Reads the configuration.
+
+    Returns:
+        Whether handlers still run in threads of this process, with nobody to wait for them.
+
+    Raises:
+        PorticoError: What was asked cannot be done.
+    """
+    configuration = load()
+    assignments = assign(configuration.services)
+    raise_descriptor_limit()
+    with logged(configuration.process.log_level), Service(assignments) as serving:
+        with serving.stopped_by_signals():
+            for bound in serving.addresses:
+                say(f"ready on {bound}")
+            started = time.monotonic()
+            tallies = serving.run()
+            report(tallies, time.monotonic() - started)
+    return serving.has_left_handlers
+
+
+def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
+    """Import the handler of each service, and say what each server is to do.
+
+    Raises:
+        PorticoError: There is no such handler, or it cannot serve at an address of its service.
+    """
+    assignments = []
+    for each in services:
+        handler = target.load(each.target)
+        for address in each.addresses:
+            target.check_scheme(each.target, handler, address.scheme)
+            assignments.append(Assignment(handler, address, each.settings))
+    return assignments
+
+
+@contextmanager
+def logged(level: str) -> Generator[None]:
+    """Log the servers' events, to standard error unless the target has arranged otherwise."""
+    logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("portico").setLevel(level.upper())
+    detach = logs.attach()
+    try:
+        yield
+    finally:
+        detach()
+
+
+def report(tallies: Sequence[Tally], seconds: float) -> None:
+    """Say what became of the open connections and what was done, for each of several addresses."""
+    for tally in tallies:
+        where = f"{tally.address}: " if len(tallies) > 1 else ""
+        if tally.drained is not None and not tally.address.scheme.is_datagram:
+            say(f"{where}{tally.drained}")
+        if where:
+            say(f"{where}{_counts([tally])}")
+    say(f"stopped after {seconds:.1f} s: {_counts(tallies)}")
+
+
+def say(text: str) -> None:
+    """Say a line on standard error."""
+    sys.stderr.write(f"portico: {text}\n")
+    sys.stderr.flush()
+
+
+def _counts(tallies: Sequence[Tally]) -> str:
+    served = sum(tally.served for tally in tallies)
+    refused = sum(tally.refused for tally in tallies)
+    cut_off = sum(tally.cut_off for tally in tallies)
+    words = [f"{served} request{'s' * (served != 1)} served"]
+    if refused:
+        words.append(f"{refused} refused")
+    if cut_off:
+        words.append(f"{cut_off} cut off")
+    return ", ".join(words)
