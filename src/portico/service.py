@@ -431,7 +431,7 @@ def open_listeners(assignments: Sequence[Assignment]) -> list[OpenListener]:
         ListenerError: An address cannot be had.
     """
     with ExitStack() as closing:
-        opened = []
+        opened: list[OpenListener] = []
         for each in assignments:
             opened.append(open_listener(each.address, backlog=each.settings.backlog))
             closing.callback(opened[-1].close)
