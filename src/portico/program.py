@@ -51,7 +51,7 @@ def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
     Raises:
         PorticoError: There is no such handler, or it cannot serve at an address of its service.
     """
-    assignments = []
+    assignments: list[Assignment] = []
     for each in services:
         handler = target.load(each.target)
         for address in each.addresses:
