@@ -20,6 +20,7 @@ LAYERS = (
     ("portico.errors",),
     (
         "portico.address",
+        "portico.bell",
         "portico.events",
         "portico.holders",
         "portico.networks",
@@ -29,6 +30,7 @@ LAYERS = (
     (
         "portico.admission",
         "portico.certificates",
+        "portico.counts",
         "portico.deadlines",
         "portico.diagnosis",
         "portico.lifecycle",
@@ -36,7 +38,13 @@ LAYERS = (
         "portico.logs",
         "portico.place",
     ),
-    ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
+    (
+        "portico.acceptor",
+        "portico.connection",
+        "portico.counters",
+        "portico.traffic",
+        "portico.waits",
+    ),
     ("portico.drain", "portico.gate", "portico.lobby", "portico.timekeeper"),
     ("portico.guard", "portico.preamble"),
     ("portico.server",),
@@ -53,6 +61,7 @@ LAYERS = (
 
 PURE = (
     "portico.admission",
+    "portico.counts",
     "portico.deadlines",
     "portico.lifecycle",
     "portico.networks",
