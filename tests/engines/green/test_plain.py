@@ -218,8 +218,8 @@ class MadeByNew(Made):
 
 
 class Meta(type):
-    def __call__(cls, *arguments: Any) -> Any:
-        made: Any = object.__new__(cls)
+    def __call__(cls: Any, *arguments: Any) -> Any:
+        made = object.__new__(cls)
         made.name = b"call"
         made.__init__(*arguments)
         return made
@@ -252,7 +252,7 @@ def test_a_constructor_that_returns_something_fails(
     kind: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Wrong(portico.BaseRequestHandler):
-        __init__: Any = lambda self, *arguments: b"something"  # noqa: E731
+        __init__: Any = lambda self, *arguments: b"something"
 
     with serving(kind, Wrong) as server:
         with socket.create_connection(server.server_address, PATIENCE) as client:

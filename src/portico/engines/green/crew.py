@@ -76,7 +76,7 @@ class Worker(greenlet):
                     else:  # what the hooks that nobody has touched would do, see `plain`
                         try:
                             kind: Any = (callee := server.RequestHandlerClass)
-                            if type(callee) is type and kind.__new__ is new:
+                            if crew.closes_plainly and type(callee) is type and kind.__new__ is new:
                                 # What a call of it does, without its part of the stack, which is
                                 # copied at every switch, and kept while the handler waits.
                                 if kind.__init__(new(kind), request, client_address, server):
