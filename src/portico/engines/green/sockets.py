@@ -180,7 +180,7 @@ class GreenSocket(socket.socket):
                 watch.credit = CREDIT
                 watch.reader = watch.owner
                 try:
-                    hub.switch()
+                    hub.poller.pass_on(hub.switch)
                 finally:
                     watch.reader = None
                     if watch.crowd is not None:
@@ -225,7 +225,7 @@ class GreenSocket(socket.socket):
                 watch.credit = CREDIT
                 watch.reader = watch.owner
                 try:
-                    hub.switch()
+                    hub.poller.pass_on(hub.switch)
                 finally:
                     watch.reader = None
                     if watch.crowd is not None:
