@@ -578,7 +578,7 @@ def test_an_end_that_comes_while_the_system_looks_is_no_byte(
             MOVED.pack(8, 10, 11, 0, 10, 0),
         ]
     )
-    monkeypatch.setattr(traffic, "_tcp_info", lambda *_: next(answers))
+    monkeypatch.setattr(traffic, "_getsockopt", lambda *_: next(answers))
     assert bytes_moved(None) == (10, 10)
 
 

@@ -53,7 +53,6 @@ CELL_OF: Final[Mapping[CloseReason, int]] = {
 
 # Plain numbers: to ask an enumeration costs as much as to count.
 _ACCEPTED: Final = int(Cell.ACCEPTED)
-_ACTIVE: Final = int(Cell.ACTIVE)
 _RECEIVED: Final = int(Cell.RECEIVED)
 _SENT: Final = int(Cell.SENT)
 
@@ -112,7 +111,7 @@ class Counter:
     @property
     def has_left_handlers(self) -> bool:
         """Whether handlers still run in threads of this process."""
-        return self._station.cells[Cell.ACTIVE] > 0
+        return self._station.counts.active > 0
 
     def close(self) -> None:
         """Count no more.  Callable again."""
@@ -127,7 +126,7 @@ class Counter:
             if report is not None:  # a connection is at its end a moment before it is told
                 left = server._guard.drain.stragglers if server._guard.drain else 0
                 self._is_awaited = True
-                self._changed.wait_for(lambda: self._station.cells[Cell.ACTIVE] <= left, LAST_WORDS)
+                self._changed.wait_for(lambda: self._station.counts.active <= left, LAST_WORDS)
             counts = self._station.counts
         served = counts.finished + counts.failed + counts.peer_gone
         cut_off = counts.cut_off + counts.active
@@ -149,16 +148,12 @@ class Counter:
     def note_accepted(self) -> None:
         """Count a request that came in."""
         with self._lock:
-            cells = self._station.cells
-            cells[_ACCEPTED] += 1
-            cells[_ACTIVE] += 1
+            self._station.cells[_ACCEPTED] += 1
 
     def note_end(self, cell: int) -> None:
         """Count the end of a request that was accepted."""
         with self._lock:
-            cells = self._station.cells
-            cells[cell] += 1
-            cells[_ACTIVE] -= 1
+            self._station.cells[cell] += 1
             if self._is_awaited:
                 self._changed.notify_all()
 

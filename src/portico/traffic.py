@@ -226,11 +226,16 @@ def bytes_moved(sock: Any) -> tuple[int, int] | None:
         What came in, read or not; and what was written, sent or not, but without what a reset has
         kept from being sent.  ``None`` where the system does not tell.
     """
-    info = _tcp_info(sock, MOVED.size)
-    # The kernel reads the state before it stops the connection to read the rest: if the end of the
-    # peer's stream came in between, it is counted, and the state does not show it.
-    while info and info[0] in PEER_GOES_ON and _tcp_info(sock, 1) != info[:1]:
-        info = _tcp_info(sock, MOVED.size)
+    if TCP_INFO is None:
+        return None
+    try:
+        info = _getsockopt(sock, TCP, TCP_INFO, MOVED.size)
+        # The kernel reads the state before it stops the connection to read the rest: if the end of
+        # the peer's stream came in between, it is counted, and the state does not show it.
+        while info[0] in PEER_GOES_ON and _getsockopt(sock, TCP, TCP_INFO, 1) != info[:1]:
+            info = _getsockopt(sock, TCP, TCP_INFO, MOVED.size)
+    except (OSError, TypeError):  # of another kind, or closed; or no socket
+        return None
     return read_moved(info)
 
 
