@@ -238,7 +238,7 @@ def test_what_was_open_already_has_a_place(counters: Counters) -> None:
     here.take_over(PEER)
     here.take_over(PEER)
     assert counters.column(1, Cell.PLACES).tolist() == [2]
-    here.lose(PEER)
+    here.leave(PEER)
     assert here.is_full
     here.leave(PEER)
     assert here.await_room() is None
