@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import portico
 from portico import (
     BaseRequestHandler,
     ForkingTCPServer,
