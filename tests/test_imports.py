@@ -39,6 +39,7 @@ LAYERS = (
     ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
     ("portico.drain", "portico.gate", "portico.lobby", "portico.timekeeper"),
     ("portico.guard", "portico.preamble"),
+    ("portico.request",),
     ("portico.server",),
     ("portico.families", "portico.handlers"),
     ("portico.engines",),
