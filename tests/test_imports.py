@@ -21,10 +21,12 @@ LAYERS = (
     (
         "portico.address",
         "portico.events",
+        "portico.exclusion",
         "portico.holders",
         "portico.networks",
         "portico.pem",
         "portico.proxy",
+        "portico.systemd",
     ),
     (
         "portico.admission",
@@ -34,7 +36,9 @@ LAYERS = (
         "portico.lifecycle",
         "portico.listener",
         "portico.logs",
+        "portico.pidfile",
         "portico.place",
+        "portico.privileges",
     ),
     ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
     ("portico.drain", "portico.gate", "portico.lobby", "portico.timekeeper"),

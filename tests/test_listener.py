@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from portico import address, diagnosis, listener
+from portico import address, diagnosis, exclusion, listener
 from portico.address import Scheme
 from portico.errors import ListenerError, PorticoError
 from portico.holders import Holder
@@ -267,7 +267,7 @@ def test_a_dead_server_is_replaced_although_its_directory_cannot_be_locked(
     path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
 ) -> None:
     """A cleaner of temporary files may be kept away with the same lock, for ever."""
-    monkeypatch.setattr(listener, "LOCK_PATIENCE", 0.02)
+    monkeypatch.setattr(exclusion, "LOCK_PATIENCE", 0.02)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     descriptor = os.open(path.parent, os.O_RDONLY)

@@ -11,12 +11,10 @@ nobody listens on is refused); bind(2) (errors).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,17 +23,11 @@ from typing import Final, Self
 
 from portico.address import Address, Scheme, UnixAddress
 from portico.diagnosis import explained, failure, is_socket, unresolved
+from portico.exclusion import alone_in
 from portico.place import Place
 
 SOCKET_MODE: Final = 0o600
 """What others than the owner may do with the file of a Unix socket: nothing."""
-
-LOCK_PATIENCE: Final = 1.0
-"""Seconds to wait for another process that binds in the same directory.
-
-It takes well under a millisecond.  Who holds the lock for longer keeps a cleaner of temporary
-files away, and does not mean us.
-"""
 
 _changing_umask = threading.Lock()  # guards the umask, which all threads share
 
@@ -211,7 +203,7 @@ def bind(listener: socket.socket, place: Place) -> SocketFile | None:
 def _stale_removed(path: Path, kind: int) -> Generator[None]:
     """Remove the file of a socket that nobody listens on, and let nobody in between."""
     # Alone even where there is no file: the one that is made now looks stale until it listens.
-    with _alone_in(path.parent):
+    with alone_in(path.parent):
         if is_socket(path) and _is_stale(path, kind):
             path.unlink()
         yield
@@ -228,26 +220,6 @@ def _is_stale(path: Path, kind: int) -> bool:
         except OSError:  # somebody is there, or it cannot be told: bind will say what is wrong
             return False
     return False
-
-
-@contextmanager
-def _alone_in(directory: Path) -> Generator[None]:
-    """Keep others out who do the same: of two that find a stale file, one may replace it."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # may be entered, not read: go without
-        yield
-        return
-    try:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while time.monotonic() < deadline:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.01)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
