@@ -19,7 +19,7 @@ from typing import Final
 
 from portico.errors import PorticoError, SettingError
 
-MOST: Final = 2**32 - 2
+MOST_ACCOUNTS: Final = 2**32 - 2
 """The largest number of a user or group; the next one, -1, means "leave it" in setresuid(2)."""
 
 
@@ -47,7 +47,7 @@ class Identity:
         return self.words
 
 
-def find(user: str | None, group: str | None) -> Identity | None:
+def find(user: str | int | None, group: str | int | None) -> Identity | None:
     """Find who is meant, and make sure that this process can become them.
 
     To be called before anything is opened: afterwards `drop` does not fail for a misspelt name.
@@ -63,16 +63,18 @@ def find(user: str | None, group: str | None) -> Identity | None:
         SettingError: There is no such user or group.
         PrivilegeError: This process is neither root nor them.
     """
-    if user is None and group is None:
-        return None
-    entry = None if user is None else find_user(user)
-    uid = os.geteuid() if user is None else _uid(user, entry)
-    gid = _group_of(user, entry) if group is None else find_group(group)
+    if user is None:
+        if group is None:
+            return None
+        entry, uid, gid = None, os.geteuid(), find_gid(group)
+    else:
+        entry, uid = _entry(user), find_uid(user)
+        gid = _group_of(user, entry) if group is None else find_gid(group)
     groups = frozenset[int]()
     if entry is not None:
         groups = frozenset(os.getgrouplist(entry.pw_name, gid)) - {gid}
     words = ", ".join(
-        f"{kind} {name!r}" for kind, name in (("user", user), ("group", group)) if name is not None
+        f"{kind} {name}" for kind, name in (("user", user), ("group", group)) if name is not None
     )
     wanted = Identity(uid, gid, groups, words)
     if os.geteuid() != 0 and not _is(wanted):
@@ -101,39 +103,45 @@ def drop(identity: Identity | None) -> None:
         raise PrivilegeError(f"cannot become {identity} for good: the way back is open")
 
 
-def find_user(name: str) -> pwd.struct_passwd | None:
-    """Find a user by name or number; ``None`` for a number without an entry.
+def find_uid(user: str | int, setting: str = "user") -> int:
+    """Return the number of a user.
 
     Raises:
         SettingError: There is no such user.
     """
-    number = _number(name)
-    with suppress(KeyError):
-        return pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
-    if number is None:
-        raise SettingError("user", name, "the name of a user of this machine, or a number")
-    return None
+    entry = _entry(user, setting)
+    return int(user) if entry is None else entry.pw_uid
 
 
-def find_group(name: str) -> int:
-    """Return the number of a group, given by name or number.
+def find_gid(group: str | int, setting: str = "group") -> int:
+    """Return the number of a group.
 
     Raises:
         SettingError: There is no such group.
     """
-    number = _number(name)
+    number = _number(group)
     if number is not None:
         return number
     with suppress(KeyError):
-        return grp.getgrnam(name).gr_gid
-    raise SettingError("group", name, "the name of a group of this machine, or a number")
+        return grp.getgrnam(str(group)).gr_gid
+    raise SettingError(setting, group, "the name of a group of this machine, or a number")
 
 
-def _uid(name: str, entry: pwd.struct_passwd | None) -> int:
-    return int(name) if entry is None else entry.pw_uid
+def _entry(user: str | int, setting: str = "user") -> pwd.struct_passwd | None:
+    """Find a user; ``None`` for a number without an entry.
+
+    Raises:
+        SettingError: There is no such user.
+    """
+    number = _number(user)
+    with suppress(KeyError):
+        return pwd.getpwnam(str(user)) if number is None else pwd.getpwuid(number)
+    if number is None:
+        raise SettingError(setting, user, "the name of a user of this machine, or a number")
+    return None
 
 
-def _group_of(user: str | None, entry: pwd.struct_passwd | None) -> int:
+def _group_of(user: str | int, entry: pwd.struct_passwd | None) -> int:
     """Return the group of a user.
 
     Raises:
@@ -171,12 +179,13 @@ def _is_refused(attempt: Callable[[int], None]) -> bool:
 def _name_here() -> str:
     """Name the user that this process is."""
     with suppress(KeyError):
-        return f"user {pwd.getpwuid(os.geteuid()).pw_name!r}"
+        return f"user {pwd.getpwuid(os.geteuid()).pw_name}"
     return f"user {os.geteuid()}"
 
 
-def _number(text: str) -> int | None:
-    """Read the number of a user or a group."""
-    if text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= MOST:
+def _number(account: str | int) -> int | None:
+    """Read the number of a user or a group; ``None`` for a name."""
+    text = str(account)
+    if text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= MOST_ACCOUNTS:
         return int(text)
     return None
