@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -115,50 +113,6 @@ def test_the_environment_is_read_once(first: int, monkeypatch: pytest.MonkeyPatc
         assert systemd.passed_sockets() is taken
     finally:
         systemd.passed_sockets.cache_clear()
-
-
-PASS_ON = """
-import os, socket, sys
-from portico import systemd
-made = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-ports = [each.getsockname()[1] for each in made]
-print(*ports)
-sys.stdout.flush()
-# The other way round, so that each is in the place of another.
-sockets = [
-    systemd.PassedSocket(each.fileno(), name) for each, name in zip(made[::-1], "cba")
-]
-environment = dict(os.environ)
-systemd.pass_on(sockets, environment)
-os.execve(sys.executable, [sys.executable, "-c", sys.argv[1]], environment)
-"""
-
-TAKE = """
-import socket
-from portico import systemd
-for each in systemd.passed_sockets():
-    print(each.name, socket.socket(fileno=each.descriptor).getsockname()[1])
-"""
-
-
-def test_what_was_taken_can_be_passed_on() -> None:
-    """A successor of this process finds the sockets as systemd would have passed them."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PASS_ON, TAKE],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    ports, *taken = done.stdout.splitlines()
-    a, b, c = ports.split()
-    assert taken == [f"c {c}", f"b {b}", f"a {a}"]
-
-
-def test_nothing_passed_on_leaves_no_variables() -> None:
-    environment: Environment = {}
-    systemd.pass_on([], environment)
-    assert environment == {}
 
 
 # --- notifications ------------------------------------------------------------------------------
