@@ -35,6 +35,7 @@ LAYERS = (
         "portico.listener",
         "portico.logs",
         "portico.place",
+        "portico.supervision",
     ),
     ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
     ("portico.drain", "portico.gate", "portico.lobby", "portico.timekeeper"),
@@ -57,6 +58,7 @@ PURE = (
     "portico.lifecycle",
     "portico.networks",
     "portico.proxy",
+    "portico.supervision",
 )
 """What only decides: bytes and instants are its arguments."""
 
