@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
 from portico.address import Address, Scheme, parse
@@ -67,6 +67,16 @@ STOP_PATIENCE: Final = 2 * LAST_WORDS
 A handler that holds its loop has been given end-of-file by then, or its connection was closed, and
 it had its last words; one that does not even notice that is interrupted, or left behind."""
 
+POLL_INTERVAL: Final = 0.5
+"""Seconds between two times that a loop comes round at the most, if its engine needs it to."""
+
+BEAT_INTERVAL: Final = 1.0
+"""Seconds between two times that a loop that is watched comes round at the most.
+
+An idle worker wakes so often; a second is short beside any time after which one counts as stuck."""
+
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
 
@@ -100,6 +110,11 @@ class AdoptingMixIn(_Base):
     """The listener."""
 
     @property
+    def shares_listener(self) -> bool:
+        """Whether other processes accept from it, too."""
+        return self.opened.is_lent
+
+    @property
     def address(self) -> Address:
         """The address that was bound, with the port that the system chose."""
         return self.opened.place.address_of(self.server_address)
@@ -118,6 +133,36 @@ class AdoptingMixIn(_Base):
     def _close_listener(self) -> None:
         self.opened.close()
         super()._close_listener()
+
+
+class Watcher(Protocol):
+    """Who is told how servers are."""
+
+    def beat(self, server: AdoptingMixIn) -> None:
+        """Take note that a serving loop comes round; called in it, after each request, too."""
+        ...
+
+    def left(self, server: AdoptingMixIn) -> None:
+        """Take note that a server accepts nobody any more."""
+        ...
+
+
+class WatchedMixIn(AdoptingMixIn):
+    """Tell somebody that the serving loop goes on, and when it is at its end.
+
+    Owns `service_actions`, for which a loop that has nothing to do comes round now and then.
+    """
+
+    watcher: Watcher
+
+    def service_actions(self) -> None:
+        """Say that the loop comes round."""
+        super().service_actions()
+        self.watcher.beat(self)
+
+    def _close_listener(self) -> None:
+        super()._close_listener()
+        self.watcher.left(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +209,11 @@ class Service:
     """
 
     def __init__(
-        self, assignments: Sequence[Assignment], listeners: Sequence[OpenListener] | None = None
+        self,
+        assignments: Sequence[Assignment],
+        listeners: Sequence[OpenListener] | None = None,
+        *,
+        watcher: Watcher | None = None,
     ) -> None:
         """Make a server for each assignment, or none.
 
@@ -172,6 +221,7 @@ class Service:
             assignments: What to serve; at least one.
             listeners: A listener for each, which is closed with its server; ``None`` to open them
                 here.
+            watcher: Who is told how the servers are; ``None`` for nobody.
 
         Raises:
             CertificateError: A certificate or key cannot be used.
@@ -184,9 +234,11 @@ class Service:
         for own in settings.values():
             own.check_addresses(each.address for each in assignments if each.settings is own)
         certificates = {key: load_certificates(each) for key, each in settings.items()}
+        self._certificates = [each for each in certificates.values() if each is not None]
         self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
         self._servers: list[AdoptingMixIn] = []
         self._counters: list[_Counter] = []
+        self._poll_interval = POLL_INTERVAL if watcher is None else BEAT_INTERVAL
         self._is_running = False
         self._is_in_loop = False
         self._is_stopping = False
@@ -200,7 +252,9 @@ class Service:
                 closing.callback(each.close)
             for assignment, opened in zip(assignments, listeners, strict=True):
                 own = assignment.settings
-                kind = server_class(opened, own.resolved(limit, count), certificates[id(own)])
+                kind = server_class(
+                    opened, own.resolved(limit, count), certificates[id(own)], watcher
+                )
                 server = kind(opened.place.name, assignment.handler)
                 counter = _Counter(server)
                 closing.callback(_close, server)
@@ -261,13 +315,30 @@ class Service:
         if wakeup is not None:
             wakeup.wake()
 
+    @property
+    def drain_timeout(self) -> float | None:
+        """Seconds that a drain takes at the most; ``None`` for no limit."""
+        return self._drain_timeout
+
+    @property
+    def servers(self) -> Sequence[AdoptingMixIn]:
+        """The servers, in the order of their assignments."""
+        return self._servers
+
+    def reload_certificates(self) -> bool:
+        """Read the certificates and keys again; say whether all of them are in use now.
+
+        Those that cannot be used are told of by events, and the earlier ones stay.
+        """
+        return all([each.reload() for each in self._certificates])
+
     def close(self) -> None:
         """Close the servers, and end the processes that still serve.  Callable again."""
         self._closing.close()
 
     @contextmanager
-    def stopped_by_signals(self) -> Generator[None]:
-        """Stop at SIGINT and SIGTERM while the block runs; in the main thread.
+    def stopped_by_signals(self, numbers: Iterable[int] = STOP_SIGNALS) -> Generator[None]:
+        """Stop at these signals while the block runs; in the main thread.
 
         The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
         thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
@@ -296,8 +367,8 @@ class Service:
                     alarm = signal.setitimer(signal.ITIMER_REAL, timeout + STOP_PATIENCE)
                 self.stop()
 
-        catch(signal.SIGINT)
-        catch(signal.SIGTERM)
+        for number in numbers:
+            catch(number)
         try:
             yield
         finally:
@@ -326,7 +397,7 @@ class Service:
         try:
             self._is_in_loop = True
             try:
-                server.serve_forever()
+                server.serve_forever(self._poll_interval)
             finally:
                 self._is_in_loop = False
         except KeyboardInterrupt:
@@ -350,7 +421,7 @@ class Service:
         """Serve each address in a thread of its own, until `stop` or until none is left."""
         wakeup = self._wakeup = Wakeup()
         try:
-            loops = [_Loop(server, wakeup) for server in self._servers]
+            loops = [_Loop(server, self._poll_interval, wakeup) for server in self._servers]
             for loop in loops:
                 loop.start()
             _wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
@@ -440,7 +511,10 @@ def open_listeners(assignments: Sequence[Assignment]) -> list[OpenListener]:
 
 
 def server_class(
-    opened: OpenListener, settings: Settings, certificates: Certificates | None = None
+    opened: OpenListener,
+    settings: Settings,
+    certificates: Certificates | None = None,
+    watcher: Watcher | None = None,
 ) -> type[AdoptingMixIn]:
     """Put together the class that serves a listener: an engine, in front of a family.
 
@@ -450,6 +524,7 @@ def server_class(
         opened: The listener.
         settings: With a number in the place of each `AUTO`.
         certificates: For an address that speaks TLS.
+        watcher: Who is told how the server is; ``None`` for nobody.
     """
     scheme = opened.place.address.scheme
     family = FAMILIES[scheme]
@@ -473,7 +548,11 @@ def server_class(
         # The listener waits, for the sake of handlers that reply by it; the acceptor does not:
         # another process that has it may be faster.
         attributes["receive_flags"] = socket.MSG_DONTWAIT
-    return type(f"{prefix}{family.__name__}", (*engines, AdoptingMixIn, family), attributes)
+    mixed_in = AdoptingMixIn
+    if watcher is not None:
+        attributes["watcher"] = watcher
+        mixed_in = WatchedMixIn
+    return type(f"{prefix}{family.__name__}", (*engines, mixed_in, family), attributes)
 
 
 def load_certificates(settings: Settings) -> Certificates | None:
@@ -581,17 +660,18 @@ class _Drainer(threading.Thread):
 class _Loop(threading.Thread):
     """A serving loop in a thread of its own."""
 
-    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup) -> None:
+    def __init__(self, server: AdoptingMixIn, poll_interval: float, wakeup: Wakeup) -> None:
         super().__init__(name=str(server.address), daemon=True)
         self.error: BaseException | None = None
         self.has_ended = False
         self.is_drained = False
+        self._poll_interval = poll_interval
         self._server = server
         self._wakeup = wakeup
 
     def run(self) -> None:
         try:
-            self._server.serve_forever()
+            self._server.serve_forever(self._poll_interval)
         except BaseException as error:  # raised again, in the thread of `Service.run`
             self.error = error
         finally:

@@ -1,0 +1,96 @@
+"""Do what every process does that serves a configuration: import the handlers, log, count.
+
+Owns the words about what was done.  Leaves serving to `portico.service`; how many processes there
+are, to `portico.program`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from portico import logs, target
+from portico.configuration import ProcessSettings, ServiceSettings
+from portico.console import say
+from portico.errors import SettingError
+from portico.logfile import LogFile
+from portico.service import Assignment, Tally
+
+LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
+    """Import the handler of each service, and say what each server is to do.
+
+    Raises:
+        PorticoError: There is no such handler, or it cannot serve at an address of its service.
+    """
+    assignments: list[Assignment] = []
+    for each in services:
+        handler = target.load(each.target)
+        for address in each.addresses:
+            target.check_scheme(each.target, handler, address.scheme)
+            assignments.append(Assignment(handler, address, each.settings))
+    return assignments
+
+
+@contextmanager
+def logged(settings: ProcessSettings) -> Generator[None]:
+    """Log the servers' events: to a file, or to standard error unless the target has arranged it.
+
+    Raises:
+        SettingError: The file cannot be written.
+    """
+    handler: LogFile | None = None
+    if settings.log_file is not None:
+        try:
+            handler = LogFile(settings.log_file)
+        except OSError as error:
+            expected = f"a file that can be written ({error.strerror})"
+            raise SettingError("log_file", str(settings.log_file), expected) from error
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(handler)
+    else:
+        logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("portico").setLevel(settings.log_level.upper())
+    detach = logs.attach()
+    try:
+        yield
+    finally:
+        detach()
+        if handler is not None:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+def forget_logs() -> None:
+    """Take off what logs in this process, so that the target can arrange its own, as in a fresh one."""
+    root = logging.getLogger()
+    for handler in tuple(root.handlers):
+        root.removeHandler(handler)
+
+
+def report(tallies: Sequence[Tally], seconds: float) -> None:
+    """Say what became of the open connections and what was done, for each of several addresses."""
+    for tally in tallies:
+        where = f"{tally.address}: " if len(tallies) > 1 else ""
+        if tally.drained is not None and not tally.address.scheme.is_datagram:
+            say(f"{where}{tally.drained}")
+        if where:
+            say(f"{where}{counts([tally])}")
+    say(f"stopped after {seconds:.1f} s: {counts(tallies)}")
+
+
+def counts(tallies: Sequence[Tally]) -> str:
+    """Say how many requests were served, and what became of the others."""
+    served = sum(tally.served for tally in tallies)
+    refused = sum(tally.refused for tally in tallies)
+    cut_off = sum(tally.cut_off for tally in tallies)
+    words = [f"{served} request{'s' * (served != 1)} served"]
+    if refused:
+        words.append(f"{refused} refused")
+    if cut_off:
+        words.append(f"{cut_off} cut off")
+    return ", ".join(words)
