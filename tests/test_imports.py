@@ -20,6 +20,7 @@ LAYERS = (
     ("portico.errors",),
     (
         "portico.address",
+        "portico.bell",
         "portico.events",
         "portico.holders",
         "portico.networks",
@@ -29,6 +30,7 @@ LAYERS = (
     (
         "portico.admission",
         "portico.certificates",
+        "portico.counts",
         "portico.deadlines",
         "portico.diagnosis",
         "portico.lifecycle",
@@ -37,7 +39,13 @@ LAYERS = (
         "portico.place",
         "portico.supervision",
     ),
-    ("portico.acceptor", "portico.connection", "portico.traffic", "portico.waits"),
+    (
+        "portico.acceptor",
+        "portico.connection",
+        "portico.counters",
+        "portico.traffic",
+        "portico.waits",
+    ),
     ("portico.drain", "portico.gate", "portico.lobby", "portico.timekeeper"),
     ("portico.guard", "portico.preamble"),
     ("portico.server",),
@@ -54,6 +62,7 @@ LAYERS = (
 
 PURE = (
     "portico.admission",
+    "portico.counts",
     "portico.deadlines",
     "portico.lifecycle",
     "portico.networks",
