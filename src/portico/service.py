@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
 from queue import SimpleQueue
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
-from portico.address import Address, Scheme, parse
+from portico.address import Address, BoundAddress, Scheme, parse
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
@@ -41,7 +42,7 @@ from portico.events import (
 )
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from portico.lifecycle import DrainReport
-from portico.listener import OpenListener, open_listener
+from portico.listener import OpenListener, expand, open_listener, scheme_of
 from portico.settings import Settings, SettingValues
 from portico.target import Handler, check_scheme
 
@@ -67,18 +68,13 @@ STOP_PATIENCE: Final = 2 * LAST_WORDS
 A handler that holds its loop has been given end-of-file by then, or its connection was closed, and
 it had its last words; one that does not even notice that is interrupted, or left behind."""
 
-POLL_INTERVAL: Final = 0.5
-"""Seconds between two times that a loop comes round at the most, if its engine needs it to."""
-
-BEAT_INTERVAL: Final = 1.0
-"""Seconds between two times that a loop that is watched comes round at the most.
-
-An idle worker wakes so often; a second is short beside any time after which one counts as stuck."""
-
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
+
+POLL_INTERVAL: Final = 0.5
+"""Seconds between two rounds of an idle loop that has something to do in each."""
 
 OF_EVERY_KIND: Final = ("accept_rate", "accept_burst", "allowed_networks", "denied_networks")
 """Settings of every server under the same name."""
@@ -109,13 +105,16 @@ class AdoptingMixIn(_Base):
     opened: OpenListener
     """The listener."""
 
+    on_left: Callable[[], object] | None = None
+    """Called when the server accepts nobody any more; perhaps more than once."""
+
     @property
     def shares_listener(self) -> bool:
         """Whether other processes accept from it, too."""
         return self.opened.is_lent
 
     @property
-    def address(self) -> Address:
+    def address(self) -> BoundAddress:
         """The address that was bound, with the port that the system chose."""
         return self.opened.place.address_of(self.server_address)
 
@@ -133,36 +132,8 @@ class AdoptingMixIn(_Base):
     def _close_listener(self) -> None:
         self.opened.close()
         super()._close_listener()
-
-
-class Watcher(Protocol):
-    """Who is told how servers are."""
-
-    def beat(self, server: AdoptingMixIn) -> None:
-        """Take note that a serving loop comes round; called in it, after each request, too."""
-        ...
-
-    def left(self, server: AdoptingMixIn) -> None:
-        """Take note that a server accepts nobody any more."""
-        ...
-
-
-class WatchedMixIn(AdoptingMixIn):
-    """Tell somebody that the serving loop goes on, and when it is at its end.
-
-    Owns `service_actions`, for which a loop that has nothing to do comes round now and then.
-    """
-
-    watcher: Watcher
-
-    def service_actions(self) -> None:
-        """Say that the loop comes round."""
-        super().service_actions()
-        self.watcher.beat(self)
-
-    def _close_listener(self) -> None:
-        super()._close_listener()
-        self.watcher.left(self)
+        if self.on_left is not None:
+            self.on_left()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +166,7 @@ class Tally:
             signal came first.
     """
 
-    address: Address
+    address: BoundAddress
     served: int
     refused: int
     cut_off: int
@@ -209,11 +180,7 @@ class Service:
     """
 
     def __init__(
-        self,
-        assignments: Sequence[Assignment],
-        listeners: Sequence[OpenListener] | None = None,
-        *,
-        watcher: Watcher | None = None,
+        self, assignments: Sequence[Assignment], listeners: Sequence[OpenListener] | None = None
     ) -> None:
         """Make a server for each assignment, or none.
 
@@ -221,7 +188,6 @@ class Service:
             assignments: What to serve; at least one.
             listeners: A listener for each, which is closed with its server; ``None`` to open them
                 here.
-            watcher: Who is told how the servers are; ``None`` for nobody.
 
         Raises:
             CertificateError: A certificate or key cannot be used.
@@ -238,13 +204,14 @@ class Service:
         self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
         self._servers: list[AdoptingMixIn] = []
         self._counters: list[_Counter] = []
-        self._poll_interval = POLL_INTERVAL if watcher is None else BEAT_INTERVAL
         self._is_running = False
         self._is_in_loop = False
         self._is_stopping = False
         self._is_ending_at_once = False
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self._wakeup: Wakeup | None = None
+        self._poll_interval = POLL_INTERVAL
+        self._pulse: _Pulse | None = None
         with ExitStack() as closing:
             if listeners is None:
                 listeners = open_listeners(assignments)
@@ -252,9 +219,7 @@ class Service:
                 closing.callback(each.close)
             for assignment, opened in zip(assignments, listeners, strict=True):
                 own = assignment.settings
-                kind = server_class(
-                    opened, own.resolved(limit, count), certificates[id(own)], watcher
-                )
+                kind = server_class(opened, own.resolved(limit, count), certificates[id(own)])
                 server = kind(opened.place.name, assignment.handler)
                 counter = _Counter(server)
                 closing.callback(_close, server)
@@ -275,9 +240,14 @@ class Service:
         self.close()
 
     @property
-    def addresses(self) -> list[Address]:
+    def addresses(self) -> list[BoundAddress]:
         """The addresses that were bound, with the ports that the system chose."""
         return [server.address for server in self._servers]
+
+    @property
+    def drain_timeout(self) -> float | None:
+        """Seconds that the longest drain may take; ``None`` for no limit."""
+        return self._drain_timeout
 
     @property
     def has_left_handlers(self) -> bool:
@@ -307,19 +277,6 @@ class Service:
         self.close()
         return tallies
 
-    def stop(self) -> None:
-        """Have `run` drain the servers and return.  Callable from any thread and signal handler."""
-        self._is_stopping = True
-        self._stops.put(None)
-        wakeup = self._wakeup
-        if wakeup is not None:
-            wakeup.wake()
-
-    @property
-    def drain_timeout(self) -> float | None:
-        """Seconds that a drain takes at the most; ``None`` for no limit."""
-        return self._drain_timeout
-
     @property
     def servers(self) -> Sequence[AdoptingMixIn]:
         """The servers, in the order of their assignments."""
@@ -331,6 +288,37 @@ class Service:
         Those that cannot be used are told of by events, and the earlier ones stay.
         """
         return all([each.reload() for each in self._certificates])
+
+    def overdue(self) -> list[tuple[AdoptingMixIn, int]]:
+        """Return the servers whose loops have not gone round since the last beat.
+
+        Returns:
+            Each with the thread of its loop, by `threading.get_native_id`; 0 if it never has.
+        """
+        pulse = self._pulse
+        return [] if pulse is None else pulse.overdue(self._servers)
+
+    def beat(self, beat: Callable[[], object], interval: float) -> None:
+        """Have `beat` called while the serving loops are alive; to be said before `run`.
+
+        Args:
+            beat: Called in one of the loops whenever every one of them has gone round again.
+            interval: Seconds between two calls at the most, of a service that is alive.
+        """
+        pulse = self._pulse = _Pulse(beat, len(self._servers), interval / 2)
+        self._poll_interval = pulse.interval
+        for server in self._servers:
+            # On the instance: a server that has nothing to do so often sleeps until a client comes.
+            actions = server.service_actions
+            vars(server)["service_actions"] = partial(pulse.go_round, server, actions)
+
+    def stop(self) -> None:
+        """Have `run` drain the servers and return.  Callable from any thread and signal handler."""
+        self._is_stopping = True
+        self._stops.put(None)
+        wakeup = self._wakeup
+        if wakeup is not None:
+            wakeup.wake()
 
     def close(self) -> None:
         """Close the servers, and end the processes that still serve.  Callable again."""
@@ -421,7 +409,7 @@ class Service:
         """Serve each address in a thread of its own, until `stop` or until none is left."""
         wakeup = self._wakeup = Wakeup()
         try:
-            loops = [_Loop(server, self._poll_interval, wakeup) for server in self._servers]
+            loops = [_Loop(server, wakeup, self._poll_interval) for server in self._servers]
             for loop in loops:
                 loop.start()
             _wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
@@ -486,35 +474,50 @@ def serve(
     checked = Settings.read({"engine": engine, **settings})
     if not addresses:
         raise SettingError("addresses", addresses, "at least one, such as 'tcp://127.0.0.1:9000'")
-    parsed = [parse(each) if isinstance(each, str) else each for each in addresses]
+    parsed = expand(parse(each) if isinstance(each, str) else each for each in addresses)
     for address in parsed:
-        check_scheme(getattr(handler, "__qualname__", repr(handler)), handler, address.scheme)
+        name = getattr(handler, "__qualname__", repr(handler))
+        check_scheme(name, handler, scheme_of(address))
     with Service([Assignment(handler, address, checked) for address in parsed]) as service:
         in_main_thread = threading.current_thread() is threading.main_thread()
         with service.stopped_by_signals() if in_main_thread else nullcontext():
             return service.run()
 
 
-def open_listeners(assignments: Sequence[Assignment]) -> list[OpenListener]:
-    """Open a listener for each assignment, or none.
+class Opening(Protocol):
+    """What says where a listener is to be opened, such as an `Assignment`."""
+
+    @property
+    def address(self) -> Address:
+        """Where."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """Its backlog, and who may use the file of a Unix socket."""
+        ...
+
+
+def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
+    """Open a listener for each of several openings, or none.
 
     Raises:
         ListenerError: An address cannot be had.
+        SettingError: There is no such owner of a Unix socket.
     """
+    accesses = [each.settings.socket_access() for each in openings]
     with ExitStack() as closing:
         opened: list[OpenListener] = []
-        for each in assignments:
-            opened.append(open_listener(each.address, backlog=each.settings.backlog))
+        for each, access in zip(openings, accesses, strict=True):
+            backlog = each.settings.backlog
+            opened.append(open_listener(each.address, backlog=backlog, access=access))
             closing.callback(opened[-1].close)
         closing.pop_all()
         return opened
 
 
 def server_class(
-    opened: OpenListener,
-    settings: Settings,
-    certificates: Certificates | None = None,
-    watcher: Watcher | None = None,
+    opened: OpenListener, settings: Settings, certificates: Certificates | None = None
 ) -> type[AdoptingMixIn]:
     """Put together the class that serves a listener: an engine, in front of a family.
 
@@ -524,7 +527,6 @@ def server_class(
         opened: The listener.
         settings: With a number in the place of each `AUTO`.
         certificates: For an address that speaks TLS.
-        watcher: Who is told how the server is; ``None`` for nobody.
     """
     scheme = opened.place.address.scheme
     family = FAMILIES[scheme]
@@ -548,11 +550,7 @@ def server_class(
         # The listener waits, for the sake of handlers that reply by it; the acceptor does not:
         # another process that has it may be faster.
         attributes["receive_flags"] = socket.MSG_DONTWAIT
-    mixed_in = AdoptingMixIn
-    if watcher is not None:
-        attributes["watcher"] = watcher
-        mixed_in = WatchedMixIn
-    return type(f"{prefix}{family.__name__}", (*engines, mixed_in, family), attributes)
+    return type(f"{prefix}{family.__name__}", (*engines, AdoptingMixIn, family), attributes)
 
 
 def load_certificates(settings: Settings) -> Certificates | None:
@@ -660,14 +658,14 @@ class _Drainer(threading.Thread):
 class _Loop(threading.Thread):
     """A serving loop in a thread of its own."""
 
-    def __init__(self, server: AdoptingMixIn, poll_interval: float, wakeup: Wakeup) -> None:
+    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup, poll_interval: float) -> None:
         super().__init__(name=str(server.address), daemon=True)
         self.error: BaseException | None = None
         self.has_ended = False
         self.is_drained = False
-        self._poll_interval = poll_interval
         self._server = server
         self._wakeup = wakeup
+        self._poll_interval = poll_interval
 
     def run(self) -> None:
         try:
@@ -695,6 +693,38 @@ class _Loop(threading.Thread):
         finally:
             self.is_drained = True
             self._wakeup.wake()
+
+
+class _Pulse:
+    """Tells that all serving loops are alive, by the rounds that they make."""
+
+    def __init__(self, beat: Callable[[], object], loops: int, interval: float) -> None:
+        self.interval = interval
+        self._beat = beat
+        self._loops = loops
+        self._changed = threading.Lock()  # guards what is below
+        self._seen: set[AdoptingMixIn] = set()
+        self._threads: dict[AdoptingMixIn, int] = {}
+        self._last = -inf
+
+    def go_round(self, server: AdoptingMixIn, actions: Callable[[], None]) -> None:
+        """Take note that a loop has gone round; called in it, for every connection as well."""
+        actions()
+        now = time.monotonic()
+        with self._changed:
+            if server not in self._seen:
+                self._seen.add(server)
+                self._threads[server] = threading.get_native_id()
+            if len(self._seen) < self._loops or now - self._last < self.interval:
+                return
+            self._seen.clear()
+            self._last = now
+        self._beat()
+
+    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[tuple[AdoptingMixIn, int]]:
+        """Return the servers whose loops have not gone round, and the threads of those."""
+        with self._changed:
+            return [(each, self._threads.get(each, 0)) for each in servers if each not in self._seen]
 
 
 class _Counter:
