@@ -9,16 +9,50 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Final
 
-from portico import logs, target
+from portico import logs, systemd, target
+from portico.address import Address
 from portico.configuration import ProcessSettings, ServiceSettings
 from portico.console import say
 from portico.errors import SettingError
+from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
 from portico.service import Assignment, Tally
+from portico.settings import Settings
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Where a listener is to be opened.
+
+    Attributes:
+        address: Where.
+        settings: Those of its service.
+    """
+
+    address: Address
+    settings: Settings
+
+
+def expanded(services: Sequence[ServiceSettings]) -> tuple[ServiceSettings, ...]:
+    """Put a descriptor for each socket in the place of those that systemd passes under a name.
+
+    Takes the sockets that systemd passes, whether they are asked for or not.
+
+    Raises:
+        ListenerError: It passed none of that name.
+    """
+    systemd.passed_sockets()  # so that no child takes them for its own
+    return tuple(replace(each, addresses=tuple(expand(each.addresses))) for each in services)
+
+
+def openings(services: Sequence[ServiceSettings]) -> list[Opening]:
+    """Return where the listeners of all services are, in the order of `assign`."""
+    return [Opening(address, each.settings) for each in services for address in each.addresses]
 
 
 def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
@@ -31,7 +65,7 @@ def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
     for each in services:
         handler = target.load(each.target)
         for address in each.addresses:
-            target.check_scheme(each.target, handler, address.scheme)
+            target.check_scheme(each.target, handler, scheme_of(address))
             assignments.append(Assignment(handler, address, each.settings))
     return assignments
 
@@ -39,6 +73,21 @@ def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
 @contextmanager
 def logged(settings: ProcessSettings) -> Generator[None]:
     """Log the servers' events: to a file, or to standard error unless the target has arranged it.
+
+    Raises:
+        SettingError: The file cannot be written.
+    """
+    with log_kept(settings):
+        detach = logs.attach()
+        try:
+            yield
+        finally:
+            detach()
+
+
+@contextmanager
+def log_kept(settings: ProcessSettings) -> Generator[None]:
+    """Keep the log that the settings name, whoever writes to it.
 
     Raises:
         SettingError: The file cannot be written.
@@ -55,18 +104,16 @@ def logged(settings: ProcessSettings) -> Generator[None]:
     else:
         logging.basicConfig(format=LOG_FORMAT)
     logging.getLogger("portico").setLevel(settings.log_level.upper())
-    detach = logs.attach()
     try:
         yield
     finally:
-        detach()
         if handler is not None:
             logging.getLogger().removeHandler(handler)
             handler.close()
 
 
 def forget_logs() -> None:
-    """Take off what logs in this process, so that the target can arrange its own, as in a fresh one."""
+    """Take off what logs in this process, so that the target can arrange its own."""
     root = logging.getLogger()
     for handler in tuple(root.handlers):
         root.removeHandler(handler)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from portico.address import Address
+from portico.address import Address, BoundAddress, DescriptorAddress
 from portico.channel import Channel
 from portico.counters import Counters
 from portico.errors import PorticoError
-from portico.listener import OpenListener, SocketFile
+from portico.listener import OpenListener
 from portico.place import Place
+from portico.socketfile import SocketFile
+from portico.systemd import passed_sockets
 
 VARIABLE: Final = "PORTICO_HERITAGE"
 """The environment variable.  Not a setting: it names descriptors, which only an heir has."""
@@ -49,7 +52,7 @@ class Heirloom:
     descriptor: int
     file: SocketFile | None
 
-    def open(self, address: Address) -> OpenListener:
+    def open(self, address: BoundAddress) -> OpenListener:
         """Return the listener; until it is taken over, closing it ends nothing.
 
         Raises:
@@ -60,7 +63,8 @@ class Heirloom:
             is_both = bound.family == socket.AF_INET6 and not bound.getsockopt(
                 socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
             )
-            place = Place(address, socket.AddressFamily(bound.family), bound.getsockname(), is_both)
+            family = socket.AddressFamily(bound.family)
+            place = Place(address, family, bound.getsockname(), is_both)
         except OSError as error:
             reason = f"descriptor {self.descriptor} is no listener for {address}: {error.strerror}"
             raise HandoverError(f"{VARIABLE}: {reason}") from error
@@ -115,6 +119,10 @@ def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | N
         counters = told["counters"]
         for descriptor in (channel, *(each.descriptor for each in listeners)):
             os.set_inheritable(descriptor, False)
+        if told["passed"]:  # which were passed to another process, the first one
+            variables["LISTEN_PID"] = str(os.getpid())
+            variables["LISTEN_FDS"] = str(len(told["passed"]))
+            variables["LISTEN_FDNAMES"] = ":".join(told["passed"])
         end = Channel(socket.socket(fileno=channel))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HandoverError(f"{VARIABLE}: expected what a predecessor sets ({error})") from error
@@ -134,6 +142,30 @@ class Heir:
     process: int
     channel: Channel
     is_serving: bool = False
+
+    def wait_serving(self, timeout: float | None) -> list[str] | None:
+        """Wait until it has taken over; it is killed if that takes too long.
+
+        Args:
+            timeout: Seconds; ``None`` for no limit.
+
+        Returns:
+            The addresses of the listeners that it has taken; ``None`` if it ends instead.
+        """
+        poll = select.poll()
+        poll.register(self.channel, select.POLLIN)
+        while True:
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                with suppress(ProcessLookupError):
+                    os.kill(self.process, signal.SIGKILL)
+            messages = self.channel.receive()
+            if messages is None:
+                self.channel.close()
+                return None
+            for message in messages:
+                if message["kind"] == "serving":
+                    self.is_serving = True
+                    return list(message.get("listeners", ()))
 
     def wait(self) -> str:
         """Collect it, now that it has ended, and say how it did."""
@@ -160,7 +192,7 @@ def start_heir(
     """
     ours, theirs = Channel.pair()
     try:
-        with _inheritable(theirs.fileno(), *(each.socket.fileno() for _, each in listeners)):
+        with _inheritable(theirs.fileno(), *_descriptors(listeners)):
             if counters is None:
                 process = _spawn(theirs, listeners, None, variables or {})
             else:
@@ -195,6 +227,7 @@ def _spawn(
         "channel": channel.fileno(),
         "predecessor": os.getpid(),
         "counters": counters,
+        "passed": [each.name for each in passed_sockets()],
         "listeners": [
             {
                 "address": str(address),
@@ -202,6 +235,7 @@ def _spawn(
                 "file": None if each.file is None else _written_file(each.file),
             }
             for address, each in listeners
+            if not address.scheme.is_inherited  # which the heir opens by its number, as we did
         ],
     }
     command = [sys.executable, *sys.orig_argv[1:]]
@@ -213,6 +247,17 @@ def _spawn(
         setsigmask=(),
         setsigdef=[each for each in signal.Signals if signal.getsignal(each) != signal.SIG_IGN],
     )
+
+
+def _descriptors(listeners: Sequence[tuple[Address, OpenListener]]) -> list[int]:
+    """Return what an heir has to inherit."""
+    found = [each.descriptor for each in passed_sockets()]
+    for address, each in listeners:
+        if isinstance(address, DescriptorAddress):
+            found.append(address.descriptor)
+        else:
+            found.append(each.socket.fileno())
+    return found
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class LogFile(logging.FileHandler):
         return self.lock
 
     def _open(self) -> TextIOWrapper:
-        return open(  # noqa: SIM115  # the handler closes it
+        return open(  # the handler closes it
             self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=_open_narrow
         )
 

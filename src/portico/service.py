@@ -287,7 +287,8 @@ class Service:
 
         Those that cannot be used are told of by events, and the earlier ones stay.
         """
-        return all([each.reload() for each in self._certificates])
+        loaded = [each.reload() for each in self._certificates]  # each of them, whatever came before
+        return all(loaded)
 
     def overdue(self) -> list[tuple[AdoptingMixIn, int]]:
         """Return the servers whose loops have not gone round since the last beat.
@@ -724,7 +725,9 @@ class _Pulse:
     def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[tuple[AdoptingMixIn, int]]:
         """Return the servers whose loops have not gone round, and the threads of those."""
         with self._changed:
-            return [(each, self._threads.get(each, 0)) for each in servers if each not in self._seen]
+            return [
+                (each, self._threads.get(each, 0)) for each in servers if each not in self._seen
+            ]
 
 
 class _Counter:

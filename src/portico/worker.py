@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from time import monotonic
+from functools import partial
 from types import FrameType
 from typing import Final, NoReturn
 
@@ -42,8 +42,11 @@ from portico.waits import thread_waits_in_read
 DUMP_SIGNAL: Final = signal.SIGRTMAX - 1
 """Has the interpreter write the stacks of all threads to standard error, whatever runs."""
 
-SHORTEST_BEAT: Final = 0.25
-"""Seconds between two signs of life of a server at least; it is asked after each request."""
+BEAT_INTERVAL: Final = 2.0
+"""Seconds between two signs of life at the most; an idle worker wakes twice as often.
+
+Short beside any time after which a worker counts as stuck, and nothing beside a millisecond of
+requests."""
 
 OF_THE_SUPERVISOR: Final = (
     signal.SIGINT,  # of the terminal, which sends it to the whole group
@@ -117,8 +120,8 @@ def _settle_signals() -> None:
         signal.signal(number, _do_nothing)
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    with suppress(OSError, ValueError, RuntimeError):  # standard error is closed, or no file
-        faulthandler.register(DUMP_SIGNAL, file=sys.__stderr__, all_threads=True, chain=False)
+    with suppress(OSError, ValueError):  # there is no standard error
+        faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True, chain=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 
@@ -137,9 +140,10 @@ class Worker:
         self._post = post
         self._channel = post.channel
         self._row = Row(post.counters, post.row)
-        self._pulse: Pulse | None = None
         self._service: Service | None = None
-        self._not_started: set[int] = set()
+        self._changed = threading.Lock()  # guards the two below
+        self._not_started: set[object] = set()
+        self._not_left: set[object] = set()
 
     def run(self) -> int:
         """Serve, and return the status to exit with."""
@@ -148,9 +152,7 @@ class Worker:
         try:
             assignments = assign(configuration.services)
             with logged(configuration.process):
-                self._pulse = Pulse(self._row, len(assignments))
-                service = Service(assignments, self._post.listeners, watcher=self)
-                with service:
+                with Service(assignments, self._post.listeners) as service:
                     return self._serve(service)
         except PorticoError as error:
             self._channel.send("failed", reason=str(error))
@@ -158,7 +160,10 @@ class Worker:
 
     def _serve(self, service: Service) -> int:
         self._service = service
-        self._not_started = {id(server) for server in service.servers}
+        self._not_started, self._not_left = set(service.servers), set(service.servers)
+        service.beat(self._row.beat, BEAT_INTERVAL)
+        for server in service.servers:
+            server.on_left = partial(self._note_left, server)
         unsubscribe = subscribe(self._note_start, ServerStarted)
         with service.stopped_by_signals([signal.SIGTERM]):
             try:
@@ -168,24 +173,24 @@ class Worker:
         self._channel.send("served", drained=_drained(tallies))
         return STARTED
 
-    # --- what servers tell, in their loops ------------------------------------------------
+    def _note_start(self, event: ServerStarted) -> None:
+        """Tell the supervisor when all servers serve; called in their loops."""
+        if self._is_last(self._not_started, event.server):
+            self._row.beat()
+            self._channel.send("ready")
 
-    def beat(self, server: AdoptingMixIn) -> None:
-        """Pass the sign of life on."""
-        assert self._pulse is not None
-        self._pulse.beat(server)
-
-    def left(self, server: AdoptingMixIn) -> None:
-        """Tell the supervisor when nobody is accepted any more."""
-        assert self._pulse is not None
-        if self._pulse.leave(server):
+    def _note_left(self, server: AdoptingMixIn) -> None:
+        """Tell it when none accepts anybody any more."""
+        if self._is_last(self._not_left, server):
             self._channel.send("left")
 
-    def _note_start(self, event: ServerStarted) -> None:
-        """Tell the supervisor when all servers serve."""
-        self._not_started.discard(id(event.server))
-        if not self._not_started and self._pulse is not None and self._pulse.begin():
-            self._channel.send("ready")
+    def _is_last(self, left: set[object], server: object) -> bool:
+        """Take a server out of those that are left; say whether it was the last."""
+        with self._changed:
+            if server not in left:
+                return False
+            left.discard(server)
+            return not left
 
     # --- what the supervisor asks, in a thread ---------------------------------------------
 
@@ -204,20 +209,18 @@ class Worker:
 
     def _report(self) -> None:
         """Say where the threads are; or that they only wait for a peer, as they may."""
-        if self._pulse is not None and self._service is not None and self._waits_for_peers():
+        if self._service is not None and self._waits_for_peers(self._service):
             self._row.beat()
             self._channel.send("waits")
         else:
             self._channel.send("stacks", text=stacks.describe())
 
-    def _waits_for_peers(self) -> bool:
+    def _waits_for_peers(self, service: Service) -> bool:
         """Say whether the loops that do not come round are held by handlers that wait to read.
 
         So the serial engine's is, for as long as its peer is silent; `idle_timeout` is for that.
         """
-        assert self._pulse is not None
-        assert self._service is not None
-        overdue = self._pulse.overdue(self._service.servers)
+        overdue = service.overdue()
         return bool(overdue) and all(_waits_for_peer(*each) for each in overdue)
 
     def _end_alone(self) -> None:
@@ -229,61 +232,6 @@ class Worker:
         if timeout is not None:
             threading.Event().wait(timeout + 2 * STOP_PATIENCE)
             leave(FAILED)  # a handler holds the main thread
-
-
-class Pulse:
-    """The signs of life of the servers of one worker, which has one when all of them do.
-
-    Args:
-        row: Where it is told.
-        count: How many servers there are.
-    """
-
-    def __init__(self, row: Row, count: int) -> None:
-        self._row = row
-        self._count = count
-        self._threads: dict[int, int] = {}  # in which the loop of a server runs
-        self._last: dict[int, float] = {}  # when it last came round
-        self._since_told: set[int] = set()  # the servers that have since the worker last told
-        self._left: set[int] = set()
-        self._has_begun = False
-        self._lock = threading.Lock()  # guards _since_told, _left, _has_begun
-
-    def begin(self) -> bool:
-        """Note that all serve; say whether it is the first time."""
-        with self._lock:
-            before, self._has_begun = self._has_begun, True
-        self._row.beat()
-        return not before
-
-    def beat(self, server: AdoptingMixIn) -> None:
-        """Note that the loop of a server comes round; called in it."""
-        key, now = id(server), monotonic()
-        if now - self._last.get(key, 0.0) < SHORTEST_BEAT:
-            return
-        self._last[key] = now
-        self._threads[key] = threading.get_native_id()
-        with self._lock:
-            self._since_told.add(key)
-            if len(self._since_told | self._left) < self._count:
-                return
-            self._since_told.clear()
-        self._row.beat()
-
-    def leave(self, server: AdoptingMixIn) -> bool:
-        """Note that a server accepts nobody any more; say whether it is the last, once."""
-        key = id(server)
-        with self._lock:
-            if key in self._left:
-                return False
-            self._left.add(key)
-            return len(self._left) == self._count
-
-    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[tuple[AdoptingMixIn, int]]:
-        """Return the servers without a sign of life since the worker's last, and their threads."""
-        with self._lock:
-            told = self._since_told | self._left
-        return [(each, self._threads.get(id(each), 0)) for each in servers if id(each) not in told]
 
 
 def _waits_for_peer(server: AdoptingMixIn, thread: int) -> bool:
