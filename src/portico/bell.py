@@ -59,8 +59,9 @@ class Bell:
 
     def hush(self) -> None:
         """Make it unreadable."""
-        with suppress(BlockingIOError):  # it is already
-            os.read(self._reader, 4096)
+        with suppress(BlockingIOError):  # it is, now or already
+            while os.read(self._reader, 65536):
+                pass
 
     def close(self) -> None:
         """Close this process's hold on it.  Callable again."""

@@ -1,8 +1,8 @@
 """Run servers side by side: one for each address, started and stopped together.
 
 Owns how a server is put together from settings and an address, which of its loops runs in which
-thread, how a signal drains all of them, and the count of what was served.  Leaves serving and
-draining to the servers, and what is allowed to `portico.settings`.
+thread, and how a signal drains all of them.  Leaves serving and draining to the servers, counting
+to `portico.tally`, and what is allowed to `portico.settings`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf
 from queue import SimpleQueue
@@ -26,24 +26,18 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
 from portico.address import Address, BoundAddress, Scheme, parse
+from portico.counters import Counters, Row
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
 from portico.errors import PhaseError, SettingError
-from portico.events import (
-    CloseReason,
-    ConnectionAccepted,
-    ConnectionClosed,
-    ConnectionRefused,
-    Event,
-    ListenerBound,
-    emit,
-    subscribe,
-)
+from portico.events import ListenerBound, emit
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
-from portico.lifecycle import DrainReport
 from portico.listener import OpenListener, expand, open_listener, scheme_of
-from portico.settings import Settings, SettingValues
+from portico.places import SharedPlaces, SharingMixIn
+from portico.settings import AUTO, Settings, SettingValues, connection_limit
+from portico.tally import Counter, count
+from portico.tally import Tally as Tally  # noqa: PLC0414  # what `Service.run` returns
 from portico.target import Handler, check_scheme
 
 if TYPE_CHECKING:
@@ -91,9 +85,6 @@ OF_CONNECTIONS: Final = (
     "proxy_protocol",
 )
 """Those of servers whose requests are connections: a datagram has no place and no time."""
-
-CUT: Final = frozenset({CloseReason.INTERRUPTED, CloseReason.CUT, CloseReason.DEADLINE})
-"""Why connections close under their handlers."""
 
 
 class AdoptingMixIn(_Base):
@@ -151,28 +142,6 @@ class Assignment:
     settings: Settings
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """What a server did.
-
-    Attributes:
-        address: Where.
-        served: Requests whose handler ended by itself; a datagram is one, too.
-        refused: Requests that did not get as far as a handler: a limit, a network or a hook kept
-            them out, or their TLS handshake or PROXY header did.
-        cut_off: Requests whose handler was interrupted, or its connection closed under it, or that
-            still ran when the service stopped.
-        drained: What became of the connections that were open at the stop; ``None`` if a second
-            signal came first.
-    """
-
-    address: BoundAddress
-    served: int
-    refused: int
-    cut_off: int
-    drained: DrainReport | None = None
-
-
 class Service:
     """Servers side by side, bound when it is made.
 
@@ -180,7 +149,12 @@ class Service:
     """
 
     def __init__(
-        self, assignments: Sequence[Assignment], listeners: Sequence[OpenListener] | None = None
+        self,
+        assignments: Sequence[Assignment],
+        listeners: Sequence[OpenListener] | None = None,
+        *,
+        row: Row | None = None,
+        workers: int = 1,
     ) -> None:
         """Make a server for each assignment, or none.
 
@@ -188,13 +162,18 @@ class Service:
             assignments: What to serve; at least one.
             listeners: A listener for each, which is closed with its server; ``None`` to open them
                 here.
+            row: Where this process counts, as one of several workers, with a station for each of
+                the names of the listeners (`station_names`); ``None`` if nobody else wants to know.
+            workers: How many processes serve the same listeners.  They share `max_connections`,
+                which `AUTO` makes so many times what one process may have.
 
         Raises:
             CertificateError: A certificate or key cannot be used.
+            CountersError: An address has no station.
             ListenerError: An address cannot be had.
             SettingError: There is a TLS address and no certificate, or the other way round.
         """
-        count, limit = len(assignments), descriptor_limit()
+        share, limit = len(assignments), descriptor_limit()
         # By identity: assignments share their settings, and those share one look at their files.
         settings = {id(each.settings): each.settings for each in assignments}
         for own in settings.values():
@@ -203,7 +182,7 @@ class Service:
         self._certificates = [each for each in certificates.values() if each is not None]
         self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
         self._servers: list[AdoptingMixIn] = []
-        self._counters: list[_Counter] = []
+        self._counters: list[Counter] = []
         self._is_running = False
         self._is_in_loop = False
         self._is_stopping = False
@@ -217,15 +196,21 @@ class Service:
                 listeners = open_listeners(assignments)
             for each in listeners:
                 closing.callback(each.close)
-            for assignment, opened in zip(assignments, listeners, strict=True):
-                own = assignment.settings
-                kind = server_class(opened, own.resolved(limit, count), certificates[id(own)])
+            names = station_names(listeners)
+            cells = Row(Counters.private(names), 0) if row is None else row
+            for assignment, opened, name in zip(assignments, listeners, names, strict=True):
+                own, station = assignment.settings, cells.station(name)
+                settled = own.resolved(limit, share)
+                places = None
+                if row is not None and settled.max_connections is not None:
+                    settled, most = share_places(own, settled, limit // share, workers)
+                    places = SharedPlaces(station, most)
+                kind = server_class(opened, settled, certificates[id(own)], places)
                 server = kind(opened.place.name, assignment.handler)
-                counter = _Counter(server)
                 closing.callback(_close, server)
-                closing.callback(counter.close)
                 self._servers.append(server)
-                self._counters.append(counter)
+                self._counters.append(count(server, station))
+                closing.callback(self._counters[-1].close)
             self._closing = closing.pop_all()
 
     def __enter__(self) -> Self:
@@ -287,7 +272,9 @@ class Service:
 
         Those that cannot be used are told of by events, and the earlier ones stay.
         """
-        loaded = [each.reload() for each in self._certificates]  # each of them, whatever came before
+        loaded = [
+            each.reload() for each in self._certificates
+        ]  # each of them, whatever came before
         return all(loaded)
 
     def overdue(self) -> list[tuple[AdoptingMixIn, int]]:
@@ -517,8 +504,44 @@ def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
         return opened
 
 
+def station_names(listeners: Iterable[OpenListener]) -> list[str]:
+    """Return what the stations of listeners are called: by their addresses, each name once."""
+    names: list[str] = []
+    for each in listeners:
+        bound = str(each.place.address_of(each.socket.getsockname()))
+        again = sum(name.partition(" ")[0] == bound for name in names)
+        names.append(f"{bound} {again + 1}" if again else bound)
+    return names
+
+
+def share_places(
+    asked: Settings, settled: Settings, descriptors: int, workers: int
+) -> tuple[Settings, int]:
+    """Say how many connections one worker may have, and how many all of them.
+
+    Args:
+        asked: The settings of a server.
+        settled: The same, with a number in the place of each `AUTO`.
+        descriptors: How many one process may have open for this server; below 0 for no limit.
+        workers: How many there are.
+
+    Returns:
+        The settings of the server in one worker, which has descriptors of its own to be bounded
+        by, and the limit for all.
+    """
+    most = settled.max_connections
+    assert isinstance(most, int), "it is settled"
+    if asked.max_connections == AUTO:
+        return settled, most * workers
+    own = min(most, connection_limit(descriptors, most))
+    return replace(settled, max_connections=own), most
+
+
 def server_class(
-    opened: OpenListener, settings: Settings, certificates: Certificates | None = None
+    opened: OpenListener,
+    settings: Settings,
+    certificates: Certificates | None = None,
+    places: SharedPlaces | None = None,
 ) -> type[AdoptingMixIn]:
     """Put together the class that serves a listener: an engine, in front of a family.
 
@@ -528,6 +551,7 @@ def server_class(
         opened: The listener.
         settings: With a number in the place of each `AUTO`.
         certificates: For an address that speaks TLS.
+        places: Those that it shares with other processes; ``None`` for none.
     """
     scheme = opened.place.address.scheme
     family = FAMILIES[scheme]
@@ -551,7 +575,12 @@ def server_class(
         # The listener waits, for the sake of handlers that reply by it; the acceptor does not:
         # another process that has it may be faster.
         attributes["receive_flags"] = socket.MSG_DONTWAIT
-    return type(f"{prefix}{family.__name__}", (*engines, AdoptingMixIn, family), attributes)
+    mixins: tuple[type[Any], ...] = (*engines, AdoptingMixIn)
+    if places is not None and not scheme.is_datagram:
+        attributes["shared_places"] = places
+        mixins = (SharingMixIn, *mixins)
+    bases: Any = (*mixins, family)
+    return type(f"{prefix}{family.__name__}", bases, attributes)
 
 
 def load_certificates(settings: Settings) -> Certificates | None:
@@ -728,59 +757,3 @@ class _Pulse:
             return [
                 (each, self._threads.get(each, 0)) for each in servers if each not in self._seen
             ]
-
-
-class _Counter:
-    """Counts the requests of one server."""
-
-    def __init__(self, server: AdoptingMixIn) -> None:
-        self._server = server
-        # Guards the counts.  One for each server: a child that is forked by one acceptor must not
-        # inherit a lock that another thread holds.
-        self._changed = threading.Condition()
-        self._under_way = 0
-        self._served = 0
-        self._refused = 0
-        self._cut_off = 0
-        self.close = subscribe(self._count, ConnectionAccepted, ConnectionRefused, ConnectionClosed)
-
-    @property
-    def has_left_handlers(self) -> bool:
-        """Whether handlers still run in this process."""
-        with self._changed:
-            return self._under_way > 0 and not isinstance(self._server, ForkingMixIn)
-
-    def tally(self) -> Tally:
-        """Say what the server did so far; after a drain, when what it ended has told so."""
-        server, report = self._server, self._server.drain_report
-        if isinstance(server, ForkingMixIn):  # whose connections close in the children
-            server.collect_children()
-            cut_off = len(server.active_children or ())
-            if report is not None:
-                cut_off = max(cut_off, report.forced)
-            with self._changed:
-                served = self._under_way + self._served + self._cut_off - cut_off
-                return Tally(server.address, served, self._refused, cut_off, report)
-        with self._changed:
-            if report is not None:  # a connection is at its end a moment before it is told
-                left = server._guard.drain.stragglers if server._guard.drain else 0
-                self._changed.wait_for(lambda: self._under_way <= left, LAST_WORDS)
-            cut_off = self._cut_off + self._under_way
-            return Tally(server.address, self._served, self._refused, cut_off, report)
-
-    def _count(self, event: Event) -> None:
-        if event.server is not self._server:
-            return
-        with self._changed:
-            match event:
-                case ConnectionAccepted():
-                    self._under_way += 1
-                    return
-                case ConnectionRefused() | ConnectionClosed(reason=CloseReason.NO_PREAMBLE):
-                    self._refused += 1
-                case ConnectionClosed(reason=reason) if reason in CUT:
-                    self._cut_off += 1
-                case _:
-                    self._served += 1
-            self._under_way -= 1
-            self._changed.notify_all()

@@ -40,7 +40,7 @@ from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
 from portico.pidfile import PidFile
-from portico.service import STOP_PATIENCE, raise_descriptor_limit
+from portico.service import STOP_PATIENCE, raise_descriptor_limit, station_names
 from portico.supervision import (
     Adopt,
     Drain,
@@ -395,7 +395,7 @@ class Supervisor:
         services = expanded(configuration.services)
         wanted = openings(services)
         listeners = self._listeners.gather(wanted)
-        self._counters.allot([str(each.address) for each in listeners])
+        self._counters.allot(station_names(listeners))
         if self._wanted == 0 or self._count_of_last() != process.worker_count():
             # Otherwise it stays as it was changed by signals.
             self._wanted = max(1, process.worker_count())
@@ -495,7 +495,9 @@ class Supervisor:
                 pid = os.fork()
                 if pid == 0:
                     lent = tuple(each.lend() for each in reading.listeners)
-                    post = Post(reading.configuration, lent, self._counters, row, theirs)
+                    post = Post(
+                        reading.configuration, lent, self._counters, row, self._wanted, theirs
+                    )
                     work(post, lambda: self._let_go(ours))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -566,7 +568,7 @@ class Supervisor:
             case "waits":
                 process.state = replace(state, beat=now, asked=None, asks=0)
             case "stacks" if state.asked is not None:
-                say(f"{process} is stuck:\n{message.get('text')}")
+                say(f"{process} is stuck; its threads are at:\n{message.get('text')}")
                 process.state = replace(state, has_answered=True)
             case "served":
                 for line in message.get("drained", ()):

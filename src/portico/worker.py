@@ -72,6 +72,7 @@ class Post:
         listeners: Where: one for each address, in their order; lent.
         counters: The mapping of all workers.
         row: The worker's row in it.
+        workers: How many there are to be.
         channel: To the supervisor.
     """
 
@@ -79,6 +80,7 @@ class Post:
     listeners: tuple[OpenListener, ...]
     counters: Counters
     row: int
+    workers: int
     channel: Channel
 
 
@@ -152,7 +154,9 @@ class Worker:
         try:
             assignments = assign(configuration.services)
             with logged(configuration.process):
-                with Service(assignments, self._post.listeners) as service:
+                with Service(
+                    assignments, self._post.listeners, row=self._row, workers=self._post.workers
+                ) as service:
                     return self._serve(service)
         except PorticoError as error:
             self._channel.send("failed", reason=str(error))
@@ -248,5 +252,5 @@ def _drained(tallies: Iterable[Tally]) -> list[str]:
     return [
         f"{each.address}: {each.drained}"
         for each in tallies
-        if each.drained is not None and not each.address.scheme.is_datagram
+        if each.drained is not None and each.drained.connections
     ]
