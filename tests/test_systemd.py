@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -16,13 +18,16 @@ from tests.support import PATIENCE
 Environment = dict[str, str]
 
 
+BEYOND: Final = 500
+"""Descriptors from here on are nobody's: two of them can be had side by side."""
+
+
 @pytest.fixture
 def descriptors() -> Iterator[list[int]]:
     """The two descriptors that are passed; inheritable, as they arrive from systemd."""
-    made = [socket.socket(), socket.socket()]
-    numbers = [each.detach() for each in made]
-    for number in numbers:
-        os.set_inheritable(number, True)
+    with socket.socket() as made:
+        numbers = [fcntl.fcntl(made, fcntl.F_DUPFD, BEYOND)]
+        numbers.append(fcntl.fcntl(made, fcntl.F_DUPFD, numbers[0] + 1))
     yield numbers
     for number in numbers:
         os.close(number)
