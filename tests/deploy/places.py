@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from portico.service import STOP_PATIENCE
 from tests.support import PATIENCE, ROOT
 
 DEPLOY = ROOT / "deploy"
 
-LAST_WORDS = 2
+LAST_WORDS = STOP_PATIENCE
 """Seconds that a service takes after the time of its drain at the most."""
 
 APPLICATION = """
@@ -29,6 +30,23 @@ class Echo(portico.StreamRequestHandler):
 class Handler(Echo):
     pass
 """
+
+
+WITH_WORKERS = """
+import sys
+from portico import program
+from portico.address import parse
+from portico.configuration import Configuration, ProcessSettings, ServiceSettings
+from portico.settings import Settings
+
+target, where = sys.argv[1:3]
+service = ServiceSettings(
+    name="portico", target=target, addresses=(parse(where),), settings=Settings()
+)
+configuration = Configuration(process=ProcessSettings(workers=2), services=(service,))
+program.run(lambda: configuration)
+"""
+"""A program that serves like the command line, in two workers."""
 
 
 def tool(name: str) -> str:
@@ -79,12 +97,15 @@ class Serving:
 
 
 @contextmanager
-def serving(folder: Path, arguments: Sequence[str]) -> Iterator[Serving]:
+def serving(
+    folder: Path, arguments: Sequence[str], *, with_workers: bool = False
+) -> Iterator[Serving]:
     """Serve with the arguments that a container is given, on another port."""
     (folder / "application.py").write_text(APPLICATION)
+    program = ["-c", WITH_WORKERS] if with_workers else ["-m", "portico", "serve"]
     ours = [each.replace(":9000", ":0") for each in arguments]
     with subprocess.Popen(
-        [sys.executable, "-m", "portico", "serve", *ours],
+        [sys.executable, *program, *ours],
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,

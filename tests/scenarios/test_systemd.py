@@ -7,13 +7,14 @@ socket of the test's, which stands in for systemd's: no systemd runs here.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -86,12 +87,16 @@ class Activated:
 
 @contextmanager
 def activated(
-    folder: Path, options: list[str], listeners: list[str], *arguments: str
+    folder: Path,
+    options: list[str],
+    listeners: list[str],
+    *arguments: str,
+    program: Sequence[str] = SERVE,
 ) -> Iterator[Activated]:
     """Have the launcher listen, and serve with these arguments once a client comes."""
     listening = [part for each in listeners for part in ("--listen", each)]
     with subprocess.Popen(
-        [launcher(), *options, *listening, *SERVE, *arguments],
+        [launcher(), *options, *listening, *program, *arguments],
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
@@ -260,3 +265,73 @@ def test_a_service_tells_when_it_is_ready_alive_and_stopping(folder: Path, kind:
             seen.append(manager.recv(4096).decode())
         assert "EXTEND_TIMEOUT_USEC=" in seen[-1]
         assert process.wait(PATIENCE) == 0
+
+
+WITH_WORKERS = """
+import sys
+from portico import program
+from portico.address import parse
+from portico.configuration import Configuration, ProcessSettings, ServiceSettings
+from portico.settings import Settings
+
+service = ServiceSettings(
+    name="portico", target=sys.argv[1], addresses=(parse(sys.argv[2]),), settings=Settings()
+)
+process = ProcessSettings(workers=2, log_level="error", pid_file="portico.pid")
+program.run(lambda: Configuration(process=process, services=(service,)))
+"""
+
+
+def end(process: int) -> None:
+    """End a process that the descriptor stands for, if it still runs."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+
+
+def test_workers_keep_the_passed_socket_through_a_reload_and_a_successor(folder: Path) -> None:
+    """And systemd is told of each step; the successor is the main process from then on."""
+    port = free_port()
+    address = f"@portico workers {os.getpid()}"
+    options = ["--fdname=web", f"--setenv=NOTIFY_SOCKET={address}"]
+    with ExitStack() as closing:
+        manager = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.settimeout(PATIENCE)
+        manager.bind(f"\0{address[1:]}")
+
+        def told() -> str:
+            return manager.recv(4096).decode()
+
+        def ask() -> None:
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                shout(client)
+
+        service = closing.enter_context(
+            activated(
+                folder,
+                options,
+                [f"127.0.0.1:{port}"],
+                "application:Shout",
+                "systemd:web",
+                program=[sys.executable, "-c", WITH_WORKERS],
+            )
+        )
+        ready = f"READY=1\nSTATUS=ready on tcp://127.0.0.1:{port}"
+        ask()
+        assert told() == ready
+        service.process.send_signal(signal.SIGHUP)
+        assert told().startswith("RELOADING=1\nMONOTONIC_USEC=")
+        assert told() == ready
+        ask()
+        service.process.send_signal(signal.SIGUSR2)
+        successor = int(told().removeprefix("MAINPID="))
+        ended = os.pidfd_open(successor)
+        closing.callback(os.close, ended)
+        closing.callback(end, ended)
+        assert told() == ready
+        service.process.wait(PATIENCE)  # what it says is read by nobody
+        assert (folder / "portico.pid").read_text() == f"{successor}\n"
+        ask()
+        os.kill(successor, signal.SIGTERM)
+        assert told().startswith("STOPPING=1")
+        assert select.select([ended], [], [], PATIENCE)[0]
+        assert not (folder / "portico.pid").exists()
