@@ -277,12 +277,8 @@ class Service:
         ]  # each of them, whatever came before
         return all(loaded)
 
-    def overdue(self) -> list[tuple[AdoptingMixIn, int]]:
-        """Return the servers whose loops have not gone round since the last beat.
-
-        Returns:
-            Each with the thread of its loop, by `threading.get_native_id`; 0 if it never has.
-        """
+    def overdue(self) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round since the last beat."""
         pulse = self._pulse
         return [] if pulse is None else pulse.overdue(self._servers)
 
@@ -732,9 +728,8 @@ class _Pulse:
         self.interval = interval
         self._beat = beat
         self._loops = loops
-        self._changed = threading.Lock()  # guards what is below
+        self._changed = threading.Lock()  # guards the two below
         self._seen: set[AdoptingMixIn] = set()
-        self._threads: dict[AdoptingMixIn, int] = {}
         self._last = -inf
 
     def go_round(self, server: AdoptingMixIn, actions: Callable[[], None]) -> None:
@@ -742,18 +737,14 @@ class _Pulse:
         actions()
         now = time.monotonic()
         with self._changed:
-            if server not in self._seen:
-                self._seen.add(server)
-                self._threads[server] = threading.get_native_id()
+            self._seen.add(server)
             if len(self._seen) < self._loops or now - self._last < self.interval:
                 return
             self._seen.clear()
             self._last = now
         self._beat()
 
-    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[tuple[AdoptingMixIn, int]]:
-        """Return the servers whose loops have not gone round, and the threads of those."""
+    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round."""
         with self._changed:
-            return [
-                (each, self._threads.get(each, 0)) for each in servers if each not in self._seen
-            ]
+            return [each for each in servers if each not in self._seen]

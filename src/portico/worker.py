@@ -143,6 +143,7 @@ class Worker:
         self._channel = post.channel
         self._row = Row(post.counters, post.row)
         self._service: Service | None = None
+        self._threads: dict[object, int] = {}  # in which the loop of a server runs
         self._changed = threading.Lock()  # guards the two below
         self._not_started: set[object] = set()
         self._not_left: set[object] = set()
@@ -179,6 +180,7 @@ class Worker:
 
     def _note_start(self, event: ServerStarted) -> None:
         """Tell the supervisor when all servers serve; called in their loops."""
+        self._threads[event.server] = threading.get_native_id()
         if self._is_last(self._not_started, event.server):
             self._row.beat()
             self._channel.send("ready")
@@ -225,7 +227,9 @@ class Worker:
         So the serial engine's is, for as long as its peer is silent; `idle_timeout` is for that.
         """
         overdue = service.overdue()
-        return bool(overdue) and all(_waits_for_peer(*each) for each in overdue)
+        return bool(overdue) and all(
+            _waits_for_peer(each, self._threads.get(each, 0)) for each in overdue
+        )
 
     def _end_alone(self) -> None:
         """Drain and end, since the supervisor has gone and nobody else would see to it."""
