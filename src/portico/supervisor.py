@@ -33,7 +33,7 @@ from portico.channel import Channel, Message
 from portico.configuration import Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
-from portico.duty import expanded, log_kept, openings
+from portico.duty import counted, expanded, log_kept, openings
 from portico.errors import CountersError, PorticoError
 from portico.handover import Heir, Heritage, said_end, start_heir
 from portico.listener import OpenListener
@@ -208,8 +208,9 @@ class Supervisor:
             return
         seconds = time.monotonic() - self._started
         counts = self._counters.totals().sum
-        words = f"{counts.served} request{'s' * (counts.served != 1)} served"
-        say(f"stopped after {seconds:.1f} s" + (f": {words}" if counts.accepted else ""))
+        served = counts.finished + counts.failed + counts.peer_gone
+        words = counted(served, refused=counts.refused, cut_off=counts.cut_off, lost=counts.lost)
+        say(f"stopped after {seconds:.1f} s: {words}")
 
     def _act(self) -> float | None:
         """Carry out what is decided; return until when to wait then."""
