@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.supervised import ECHO, Supervised, supervised
-from tests.support import Client, eventually, goodbye, received
+from tests.support import PATIENCE, Client, eventually, goodbye, received
 
 SECOND = ECHO.replace('VERSION = b""', 'VERSION = b"second "')
 BROKEN = "import nothing_of_this_name\n"
@@ -219,6 +220,28 @@ def test_a_reload_opens_addresses_that_came_and_closes_those_that_went(tmp_path:
         assert not other.exists()
 
 
+def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: Path) -> None:
+    """One that drains would close them at the end of its time."""
+    with supervised(tmp_path, workers=1, settings={"max_connections": 2}) as program:
+        program.wait_ready(1)
+        with program.connect() as first, program.connect() as second, program.connect() as third:
+            for client in (first, second):
+                client.sendall(b"here\n")
+                assert client.recv(64) == b"here\n"
+                client.sendall(b"half ")  # so it is not idle
+            third.sendall(b"who\n")
+            program.write(SECOND)
+            program.send(signal.SIGHUP)
+            program.wait_for("serves as reloaded")
+            first.close()
+            worker = third.recv(64)
+            assert worker.startswith(b"second ")
+            assert int(worker.split()[1]) == program.workers()[-1]
+            second.sendall(b"and half\n")
+            assert second.recv(64) == b"half and half\n"
+        program.stop()
+
+
 def test_reloads_that_come_too_fast_are_one(tmp_path: Path) -> None:
     with supervised(tmp_path, workers=1) as program:
         program.wait_ready(1)
@@ -256,7 +279,7 @@ def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_p
         assert program.ask() == b"hello\n"
         program.write(source.replace('b""', 'b"second "'))
         heir = hand_over(program)
-        program.wait_for("stopped after")
+        program.wait_for("has handed over after")
         assert program.wait_ended() == 0
         assert int(pid_file.read_text()) == heir
         eventually(lambda: program.ask() == b"second hello\n")
@@ -326,7 +349,12 @@ def test_one_whose_interpreter_is_held_is_made_to_say_where(tmp_path: Path) -> N
 @pytest.mark.long
 def test_a_handler_that_waits_for_its_peer_is_not_stuck(tmp_path: Path) -> None:
     """The serial engine comes round after the handler only."""
-    with supervised(tmp_path, workers=1, engine="serial", worker_timeout=2.5) as program:
+    source = ECHO.replace("self.wfile.write(VERSION + line)", "self.answer(line)") + (
+        "\n    def answer(self, line):\n"
+        "        self.wfile.write(b'x' * (1 << 26) + line if line == b'give\\n' else line)\n"
+    )
+    source = source.replace('\nVERSION = b""\n', "")
+    with supervised(tmp_path, source, workers=1, engine="serial", worker_timeout=2.5) as program:
         program.wait_ready(1)
         with program.connect() as client:
             client.sendall(b"who\n")
@@ -336,6 +364,12 @@ def test_a_handler_that_waits_for_its_peer_is_not_stuck(tmp_path: Path) -> None:
                 client.recv(64)
             client.sendall(b"who\n")
             assert int(client.recv(64)) == worker
+            client.sendall(b"give\n")  # and read none of it
+            threading.Event().wait(4)
+            client.settimeout(PATIENCE)
+            while not client.recv(1 << 20).endswith(b"\n"):
+                pass
+            assert not program.find("is stuck")
             client.sendall(b"loop\n")
             program.wait_for("while True:|pass  # without end")
             program.wait_for("is killed")

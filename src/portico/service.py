@@ -90,14 +90,20 @@ OF_CONNECTIONS: Final = (
 class AdoptingMixIn(_Base):
     """Serve on a listener that is open already.
 
-    Owns `server_bind`, `server_activate` and the closing of the listener.
+    Owns `server_bind`, `server_activate` and the closing of the listener; extends `shutdown` and
+    `fileno`.
     """
 
     opened: OpenListener
     """The listener."""
 
+    leaves_rest: bool = False
+    """Whether a drain leaves those who wait in the backlog to another process that accepts them."""
+
     on_left: Callable[[], object] | None = None
     """Called when the server accepts nobody any more; perhaps more than once."""
+
+    _has_stopped = False
 
     @property
     def shares_listener(self) -> bool:
@@ -108,6 +114,15 @@ class AdoptingMixIn(_Base):
     def address(self) -> BoundAddress:
         """The address that was bound, with the port that the system chose."""
         return self.opened.place.address_of(self.server_address)
+
+    def shutdown(self) -> None:
+        """End the loop; what comes after it may have no listener."""
+        super().shutdown()
+        self._has_stopped = True
+
+    def fileno(self) -> int:
+        """Return the descriptor of the listener; -1 when nobody is accepted from it any more."""
+        return -1 if self._has_stopped and self.leaves_rest else super().fileno()
 
     def server_bind(self) -> None:
         """Take the listener over."""
