@@ -222,7 +222,8 @@ def test_a_reload_opens_addresses_that_came_and_closes_those_that_went(tmp_path:
 
 def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: Path) -> None:
     """One that drains would close them at the end of its time."""
-    with supervised(tmp_path, workers=1, settings={"max_connections": 2}) as program:
+    limits = {"max_connections": 2}
+    with supervised(tmp_path, workers=1, settings=limits, log_level="info") as program:
         program.wait_ready(1)
         with program.connect() as first, program.connect() as second, program.connect() as third:
             for client in (first, second):
@@ -232,7 +233,7 @@ def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: 
             third.sendall(b"who\n")
             program.write(SECOND)
             program.send(signal.SIGHUP)
-            program.wait_for("serves as reloaded")
+            program.wait_for(" drains: 2 open")
             first.close()
             worker = third.recv(64)
             assert worker.startswith(b"second ")
