@@ -19,6 +19,8 @@ from portico.errors import SettingError
         ({"max_requests_jitter": -1}, "max_requests_jitter=-1: expected 0 or more"),
         ({"max_worker_memory": True}, "max_worker_memory=True: expected a number of bytes"),
         ({"worker_timeout": 0}, "worker_timeout=0: expected a number of seconds above 0"),
+        ({"user": " "}, "user=' ': expected a name, a number from 0 to 4294967294, or None"),
+        ({"group": -1}, "group=-1: expected a name, a number"),
         ({"start_timeout": "1"}, "start_timeout='1': expected a number of seconds above 0"),
     ],
 )
