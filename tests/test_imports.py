@@ -49,9 +49,14 @@ LAYERS = (
     ("portico.engines",),
     ("portico.combinations",),
     ("portico.configuration", "portico.service", "portico.settings", "portico.target"),
+    ("portico.notation",),
+    ("portico.layers",),
+    ("portico.environment", "portico.settings_file"),
+    ("portico.sources",),
     ("portico.announcement",),
     ("portico",),
-    ("portico.program",),
+    ("portico.outline", "portico.program"),
+    ("portico.options",),
     ("portico.cli", "portico.swap"),
     ("portico.__main__",),
 )
@@ -60,6 +65,7 @@ LAYERS = (
 PURE = (
     "portico.admission",
     "portico.deadlines",
+    "portico.layers",
     "portico.lifecycle",
     "portico.networks",
     "portico.proxy",
