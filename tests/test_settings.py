@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from portico import address
 from portico.engines import ENGINES
 from portico.errors import SettingError
+from portico.options import flag
 from portico.settings import (
     AUTO,
     MOST_CONNECTIONS,
@@ -212,6 +213,13 @@ def test_every_setting_has_a_row_on_its_page_with_its_default() -> None:
     assert found == {
         name: f"{value:g}" if isinstance(value, float) else repr(value).replace("'", '"')
         for name, value in defaults.items()
+    }
+
+
+def test_every_setting_has_a_row_on_its_page_with_its_option() -> None:
+    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert {row[0].strip("| `"): row[2].strip("` ") for row in rows} == {
+        name: flag(name) for name in NAMES
     }
 
 

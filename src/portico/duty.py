@@ -132,12 +132,15 @@ def report(tallies: Sequence[Tally], seconds: float) -> None:
 
 def counts(tallies: Sequence[Tally]) -> str:
     """Say how many requests were served, and what became of the others."""
-    served = sum(tally.served for tally in tallies)
-    refused = sum(tally.refused for tally in tallies)
-    cut_off = sum(tally.cut_off for tally in tallies)
+    return counted(
+        sum(tally.served for tally in tallies),
+        refused=sum(tally.refused for tally in tallies),
+        cut_off=sum(tally.cut_off for tally in tallies),
+    )
+
+
+def counted(served: int, **others: int) -> str:
+    """Say how many requests were served, and how many of others there were, if any."""
     words = [f"{served} request{'s' * (served != 1)} served"]
-    if refused:
-        words.append(f"{refused} refused")
-    if cut_off:
-        words.append(f"{cut_off} cut off")
+    words += [f"{count} {name.replace('_', ' ')}" for name, count in others.items() if count]
     return ", ".join(words)

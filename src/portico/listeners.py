@@ -67,7 +67,7 @@ class Listeners:
         for each in self._heirlooms:
             each.close()
         self._heirlooms.clear()
-        taken = []
+        taken: list[str] = []
         for text, listener in self._open:
             heirloom = self._files.pop(id(listener), None)
             if heirloom is not None:
@@ -75,13 +75,15 @@ class Listeners:
                 taken.append(text)
         return taken
 
-    def hand_over(self, taken: Sequence[str]) -> None:
-        """Leave those to another process that it has taken."""
-        left = list(taken)
+    def hand_over(self, taken: Sequence[str]) -> list[OpenListener]:
+        """Leave those to another process that it has taken; returns them."""
+        left, handed = list(taken), list[OpenListener]()
         for text, listener in self._open:
             if text in left:
                 left.remove(text)
                 listener.hand_over()
+                handed.append(listener)
+        return handed
 
     def close(self) -> None:
         """Close all, and what nobody asked for.  Callable again."""

@@ -90,14 +90,20 @@ OF_CONNECTIONS: Final = (
 class AdoptingMixIn(_Base):
     """Serve on a listener that is open already.
 
-    Owns `server_bind`, `server_activate` and the closing of the listener.
+    Owns `server_bind`, `server_activate` and the closing of the listener; extends `shutdown` and
+    `fileno`.
     """
 
     opened: OpenListener
     """The listener."""
 
+    leaves_rest: bool = False
+    """Whether a drain leaves those who wait in the backlog to another process that accepts them."""
+
     on_left: Callable[[], object] | None = None
     """Called when the server accepts nobody any more; perhaps more than once."""
+
+    _has_stopped = False
 
     @property
     def shares_listener(self) -> bool:
@@ -108,6 +114,15 @@ class AdoptingMixIn(_Base):
     def address(self) -> BoundAddress:
         """The address that was bound, with the port that the system chose."""
         return self.opened.place.address_of(self.server_address)
+
+    def shutdown(self) -> None:
+        """End the loop; what comes after it may have no listener."""
+        super().shutdown()
+        self._has_stopped = True
+
+    def fileno(self) -> int:
+        """Return the descriptor of the listener; -1 when nobody is accepted from it any more."""
+        return -1 if self._has_stopped and self.leaves_rest else super().fileno()
 
     def server_bind(self) -> None:
         """Take the listener over."""
@@ -277,12 +292,8 @@ class Service:
         ]  # each of them, whatever came before
         return all(loaded)
 
-    def overdue(self) -> list[tuple[AdoptingMixIn, int]]:
-        """Return the servers whose loops have not gone round since the last beat.
-
-        Returns:
-            Each with the thread of its loop, by `threading.get_native_id`; 0 if it never has.
-        """
+    def overdue(self) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round since the last beat."""
         pulse = self._pulse
         return [] if pulse is None else pulse.overdue(self._servers)
 
@@ -749,9 +760,8 @@ class _Pulse:
         self.interval = interval
         self._beat = beat
         self._loops = loops
-        self._changed = threading.Lock()  # guards what is below
+        self._changed = threading.Lock()  # guards the two below
         self._seen: set[AdoptingMixIn] = set()
-        self._threads: dict[AdoptingMixIn, int] = {}
         self._last = -inf
 
     def go_round(self, server: AdoptingMixIn, actions: Callable[[], None]) -> None:
@@ -759,18 +769,14 @@ class _Pulse:
         actions()
         now = time.monotonic()
         with self._changed:
-            if server not in self._seen:
-                self._seen.add(server)
-                self._threads[server] = threading.get_native_id()
+            self._seen.add(server)
             if len(self._seen) < self._loops or now - self._last < self.interval:
                 return
             self._seen.clear()
             self._last = now
         self._beat()
 
-    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[tuple[AdoptingMixIn, int]]:
-        """Return the servers whose loops have not gone round, and the threads of those."""
+    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round."""
         with self._changed:
-            return [
-                (each, self._threads.get(each, 0)) for each in servers if each not in self._seen
-            ]
+            return [each for each in servers if each not in self._seen]

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from types import FrameType
 from typing import Final, TypeAlias
@@ -30,10 +30,10 @@ from typing import Final, TypeAlias
 from portico import privileges
 from portico.address import Address
 from portico.channel import Channel, Message
-from portico.configuration import Configuration, ProcessSettings
+from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
-from portico.duty import expanded, log_kept, openings
+from portico.duty import counted, expanded, log_kept, openings
 from portico.errors import CountersError, PorticoError
 from portico.handover import Heir, Heritage, said_end, start_heir
 from portico.listener import OpenListener
@@ -70,6 +70,9 @@ DRAIN_SLACK: Final = 2 * STOP_PATIENCE
 """Seconds beyond `drain_timeout` after which a worker that still drains is ended: it has ways of
 its own to end handlers, and more to tell than one that is killed."""
 
+SELF_DOUBT: Final = 1.0
+"""Seconds by which a wait may take too long before it is no worker's fault that it was silent."""
+
 SIGNALS: Final = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -104,6 +107,11 @@ class Reading:
     configuration: Configuration
     listeners: tuple[OpenListener, ...]
     addresses: tuple[Address, ...]
+
+    @property
+    def has_memory_limit(self) -> bool:
+        """Whether it is asked how large its workers are."""
+        return self.configuration.process.max_worker_memory is not None
 
 
 @dataclass(slots=True)
@@ -166,6 +174,7 @@ class Supervisor:
         self._reload_is_due = False
         self._failure = ""
         self._heir: Heir | None = None
+        self._handed_over: set[int] = set()
         self._first = configuration
         self._counters: Counters
         self._pid_file: PidFile
@@ -207,9 +216,13 @@ class Supervisor:
         if self._failure:
             return
         seconds = time.monotonic() - self._started
+        if self._heir is not None and self._heir.is_serving:
+            say(f"has handed over after {seconds:.1f} s")
+            return
         counts = self._counters.totals().sum
-        words = f"{counts.served} request{'s' * (counts.served != 1)} served"
-        say(f"stopped after {seconds:.1f} s" + (f": {words}" if counts.accepted else ""))
+        served = counts.finished + counts.failed + counts.peer_gone
+        words = counted(served, refused=counts.refused, cut_off=counts.cut_off, lost=counts.lost)
+        say(f"stopped after {seconds:.1f} s: {words}")
 
     def _act(self) -> float | None:
         """Carry out what is decided; return until when to wait then."""
@@ -264,29 +277,15 @@ class Supervisor:
                 continue
             pulse = self._counters.pulse(each.row)
             beat = max(state.beat, pulse.heartbeat / 1e9)
-            state = replace(state, beat=beat, requests=pulse.served, memory=_memory(each.pid))
+            memory = _memory(each.pid) if each.reading.has_memory_limit else 0
+            state = replace(state, beat=beat, requests=pulse.served, memory=memory)
             if state.asked is not None and beat > state.asked:  # it has come back
                 state = replace(state, asked=None, asks=0, has_answered=False)
             each.state = state
 
     def _wait(self, until: float | None) -> None:
         """Wait until something happens, or until an instant, and take note of it."""
-        poll = select.poll()
-        poll.register(self._reader, select.POLLIN)
-        for each in self._processes:
-            if not each.is_gone:
-                poll.register(each.channel, select.POLLIN)
-        if self._heir is not None and not self._heir.is_serving:
-            poll.register(self._heir.channel, select.POLLIN)
-        interval = self._notifier.watchdog_interval
-        now = time.monotonic()
-        instants = [until] if until is not None else []
-        if interval is not None:
-            instants.append(now + interval)
-        pause = None if not instants else max(0, ceil((min(instants) - now) * 1000))
-        ready = {number for number, _ in poll.poll(pause)}
-        if interval is not None:
-            self._notifier.keep_alive()
+        ready = self._poll(until)
         for each in tuple(self._processes):
             if each.channel.fileno() in ready:
                 self._listen(each)
@@ -295,6 +294,36 @@ class Supervisor:
         if self._reader in ready:
             self._hear_signals()
         self._collect()
+
+    def _poll(self, until: float | None) -> set[int]:
+        """Wait; return the descriptors that have something to tell."""
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        for each in self._processes:
+            if not each.is_gone:
+                poll.register(each.channel, select.POLLIN)
+        if self._heir is not None and not self._heir.is_serving:
+            poll.register(self._heir.channel, select.POLLIN)
+        now, interval = time.monotonic(), self._notifier.watchdog_interval
+        instants = [until if until is not None else inf]
+        if interval is not None:
+            instants.append(now + interval)
+        pause = max(0.0, min(instants) - now)
+        ready = poll.poll(None if pause == inf else ceil(pause * 1000))
+        self._excuse(now + pause)
+        self._notifier.keep_alive()
+        return {number for number, _ in ready}
+
+    def _excuse(self, expected: float) -> None:
+        """Take silence for no sign of anything after a time in which we did not run either.
+
+        The processes of a terminal are stopped and go on together, and so are those of a container.
+        """
+        now = time.monotonic()
+        if now - expected < SELF_DOUBT:
+            return
+        for each in self._processes:
+            each.state = replace(each.state, beat=now)
 
     # --- signals --------------------------------------------------------------------------
 
@@ -331,7 +360,7 @@ class Supervisor:
             case signal.SIGUSR2 if self._stop is Stop.NOT:
                 self._hand_over()
             case signal.SIGTTIN if self._stop is Stop.NOT:
-                self._want(self._wanted + 1)
+                self._want(min(self._wanted + 1, MOST_WORKERS))
             case signal.SIGTTOU if self._stop is Stop.NOT:
                 self._want(max(1, self._wanted - 1))
             case _:
@@ -395,6 +424,7 @@ class Supervisor:
         services = expanded(configuration.services)
         wanted = openings(services)
         listeners = self._listeners.gather(wanted)
+        self._counters.release_abandoned()  # of a predecessor that was killed
         self._counters.allot(station_names(listeners))
         if self._wanted == 0 or self._count_of_last() != process.worker_count():
             # Otherwise it stays as it was changed by signals.
@@ -533,7 +563,19 @@ class Supervisor:
     def _drain(self, process: Process, reason: str) -> None:
         if reason:
             say(f"{process} drains: {reason}")
-        self._signal(process, signal.SIGTERM, Stage.DRAINING)
+        rest = self._rest_of(process.reading)
+        if process.channel.send("drain", rest=rest):
+            process.state = replace(process.state, stage=Stage.DRAINING, since=time.monotonic())
+        else:
+            self._signal(process, signal.SIGTERM, Stage.DRAINING)
+
+    def _rest_of(self, reading: Reading) -> list[int]:
+        """Return the listeners from which nobody else accepts, by their numbers in a reading."""
+        if self._stop is Stop.NOT and self._serving is not None:
+            others = {id(each) for each in self._readings[self._serving.number].listeners}
+        else:
+            others = self._handed_over
+        return [at for at, each in enumerate(reading.listeners) if id(each) not in others]
 
     def _ask(self, process: Process, reason: str, *, by_signal: bool) -> None:
         """Have a worker say where its threads are."""
@@ -613,6 +655,9 @@ class Supervisor:
         else:
             say(f"{process} {how}")
         self._change(state.generation, lambda each: note_end(each, state, now, reason))
+        serving = self._serving
+        if serving is not None and serving.number == state.generation and serving.retry > now:
+            say(f"starts another worker in {serving.retry - now:.1f} s")
 
     def _change(self, number: int, change: Callable[[Generation], Generation]) -> None:
         """Exchange what is known of a generation, if it still counts."""
@@ -658,7 +703,8 @@ class Supervisor:
         for message in messages or ():
             if message["kind"] == "serving":
                 heir.is_serving = True
-                self._listeners.hand_over(message.get("listeners", ()))
+                handed = self._listeners.hand_over(message.get("listeners", ()))
+                self._handed_over = {id(each) for each in handed}
                 try:
                     self._pid_file.hand_over(heir.process)
                 except PorticoError as error:

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from portico import stacks
-from portico.channel import Channel
+from portico.channel import Channel, Message
 from portico.configuration import Configuration
 from portico.console import say
 from portico.counters import Counters, Row
@@ -37,7 +37,7 @@ from portico.events import ServerStarted, subscribe
 from portico.listener import OpenListener
 from portico.logfile import reopen_all
 from portico.service import STOP_PATIENCE, AdoptingMixIn, Service, Tally
-from portico.waits import thread_waits_in_read
+from portico.waits import thread_waits_in_read, thread_waits_in_write
 
 DUMP_SIGNAL: Final = signal.SIGRTMAX - 1
 """Has the interpreter write the stacks of all threads to standard error, whatever runs."""
@@ -143,6 +143,7 @@ class Worker:
         self._channel = post.channel
         self._row = Row(post.counters, post.row)
         self._service: Service | None = None
+        self._threads: dict[object, int] = {}  # in which the loop of a server runs
         self._changed = threading.Lock()  # guards the two below
         self._not_started: set[object] = set()
         self._not_left: set[object] = set()
@@ -179,6 +180,7 @@ class Worker:
 
     def _note_start(self, event: ServerStarted) -> None:
         """Tell the supervisor when all servers serve; called in their loops."""
+        self._threads[event.server] = threading.get_native_id()
         if self._is_last(self._not_started, event.server):
             self._row.beat()
             self._channel.send("ready")
@@ -202,14 +204,36 @@ class Worker:
         """Answer the supervisor until it is gone."""
         while (messages := self._channel.receive()) is not None:
             for message in messages:
-                if message["kind"] == "report":
-                    self._report()
-                elif message["kind"] == "reopen":
-                    try:
-                        reopen_all()
-                    except OSError as error:
-                        say(f"process {os.getpid()} cannot open its log again: {error}")
+                self._obey(message)
         self._end_alone()
+
+    def _obey(self, message: Message) -> None:
+        match message["kind"]:
+            case "drain":
+                self._drain(message["rest"])
+            case "report":
+                self._report()
+            case "reopen":
+                try:
+                    reopen_all()
+                except OSError as error:
+                    say(f"process {os.getpid()} cannot open its log again: {error}")
+            case _:
+                pass
+
+    def _drain(self, rest: Sequence[int]) -> None:
+        """Accept no more, and end.
+
+        Those who wait in a backlog are left to the other workers: a client that is taken here would
+        have what is left of the time of the drain.
+
+        Args:
+            rest: Which servers nobody else accepts for.
+        """
+        if self._service is not None:
+            for number, server in enumerate(self._service.servers):
+                server.leaves_rest = number not in rest
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _report(self) -> None:
         """Say where the threads are; or that they only wait for a peer, as they may."""
@@ -220,12 +244,15 @@ class Worker:
             self._channel.send("stacks", text=stacks.describe())
 
     def _waits_for_peers(self, service: Service) -> bool:
-        """Say whether the loops that do not come round are held by handlers that wait to read.
+        """Say whether the loops that do not come round are held by handlers that wait for peers.
 
-        So the serial engine's is, for as long as its peer is silent; `idle_timeout` is for that.
+        So the serial engine's is, for as long as its peer is silent or does not read;
+        `idle_timeout` is for that.
         """
         overdue = service.overdue()
-        return bool(overdue) and all(_waits_for_peer(*each) for each in overdue)
+        return bool(overdue) and all(
+            _waits_for_peer(each, self._threads.get(each, 0)) for each in overdue
+        )
 
     def _end_alone(self) -> None:
         """Drain and end, since the supervisor has gone and nobody else would see to it."""
@@ -243,7 +270,10 @@ def _waits_for_peer(server: AdoptingMixIn, thread: int) -> bool:
     for connection in server._guard.connections:
         if connection.thread == thread:
             with suppress(AttributeError, OSError, ValueError):  # gone, or of a kind of its own
-                return bool(thread_waits_in_read(thread, connection.request.fileno()))
+                number = connection.request.fileno()
+                return bool(
+                    thread_waits_in_read(thread, number) or thread_waits_in_write(thread, number)
+                )
     return False
 
 
