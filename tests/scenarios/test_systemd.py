@@ -233,7 +233,9 @@ def test_what_a_handler_runs_has_nothing_of_systemd(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_a_service_tells_when_it_is_ready_alive_and_stopping(folder: Path, kind: str) -> None:
+def test_a_service_tells_when_it_is_ready_alive_reloading_and_stopping(
+    folder: Path, kind: str
+) -> None:
     path = f"{folder}/notify"
     address = path if kind == "path" else f"@portico scenario {os.getpid()}"
     with ExitStack() as closing:
@@ -259,6 +261,11 @@ def test_a_service_tells_when_it_is_ready_alive_and_stopping(folder: Path, kind:
                 client.connect(("127.0.0.1", int(where.rpartition(":")[2])))
                 shout(client)
         while seen.count("WATCHDOG=1") < 3:
+            seen.append(manager.recv(4096).decode())
+        process.send_signal(signal.SIGHUP)  # as Type=notify-reload does, which waits for both
+        while not seen[-1].startswith("RELOADING=1\nMONOTONIC_USEC="):
+            seen.append(manager.recv(4096).decode())
+        while not seen[-1].startswith("READY=1"):
             seen.append(manager.recv(4096).decode())
         process.send_signal(signal.SIGTERM)
         while not seen[-1].startswith("STOPPING=1"):
