@@ -32,23 +32,6 @@ class Handler(Echo):
 """
 
 
-WITH_WORKERS = """
-import sys
-from portico import program
-from portico.address import parse
-from portico.configuration import Configuration, ProcessSettings, ServiceSettings
-from portico.settings import Settings
-
-target, where = sys.argv[1:3]
-service = ServiceSettings(
-    name="portico", target=target, addresses=(parse(where),), settings=Settings()
-)
-configuration = Configuration(process=ProcessSettings(workers=2), services=(service,))
-program.run(lambda: configuration)
-"""
-"""A program that serves like the command line, in two workers."""
-
-
 def tool(name: str) -> str:
     """The path of a program.  Without it the test fails: it would show nothing."""
     beside = Path(sys.executable).parent
@@ -95,15 +78,12 @@ class Serving:
 
 
 @contextmanager
-def serving(
-    folder: Path, arguments: Sequence[str], *, with_workers: bool = False
-) -> Iterator[Serving]:
+def serving(folder: Path, arguments: Sequence[str]) -> Iterator[Serving]:
     """Serve with the arguments that a container is given, on another port."""
     (folder / "application.py").write_text(APPLICATION)
-    program = ["-c", WITH_WORKERS] if with_workers else ["-m", "portico", "serve"]
     ours = [each.replace(":9000", ":0") for each in arguments]
     with subprocess.Popen(
-        [sys.executable, *program, *ours],
+        [sys.executable, "-m", "portico", "serve", *ours],
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -87,16 +87,12 @@ class Activated:
 
 @contextmanager
 def activated(
-    folder: Path,
-    options: list[str],
-    listeners: list[str],
-    *arguments: str,
-    program: Sequence[str] = SERVE,
+    folder: Path, options: list[str], listeners: list[str], *arguments: str
 ) -> Iterator[Activated]:
     """Have the launcher listen, and serve with these arguments once a client comes."""
     listening = [part for each in listeners for part in ("--listen", each)]
     with subprocess.Popen(
-        [launcher(), *options, *listening, *program, *arguments],
+        [launcher(), *options, *listening, *SERVE, *arguments],
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
@@ -274,21 +270,6 @@ def test_a_service_tells_when_it_is_ready_alive_reloading_and_stopping(
         assert process.wait(PATIENCE) == 0
 
 
-WITH_WORKERS = """
-import sys
-from portico import program
-from portico.address import parse
-from portico.configuration import Configuration, ProcessSettings, ServiceSettings
-from portico.settings import Settings
-
-service = ServiceSettings(
-    name="portico", target=sys.argv[1], addresses=(parse(sys.argv[2]),), settings=Settings()
-)
-process = ProcessSettings(workers=2, log_level="error", pid_file="portico.pid")
-program.run(lambda: Configuration(process=process, services=(service,)))
-"""
-
-
 def end(pid_file: Path) -> None:
     """End the process whose number is in a file, if there is one: nobody else knows it."""
     with suppress(FileNotFoundError, ProcessLookupError):
@@ -319,9 +300,8 @@ def test_workers_keep_the_passed_socket_through_a_reload_and_a_successor(folder:
                 folder,
                 options,
                 [f"127.0.0.1:{port}"],
-                "application:Shout",
-                "systemd:web",
-                program=[sys.executable, "-c", WITH_WORKERS],
+                *("application.py:Shout", "systemd:web"),
+                *("--workers", "2", "--pid-file", "portico.pid"),
             )
         )
         ready = f"READY=1\nSTATUS=ready on tcp://127.0.0.1:{port}"
