@@ -254,14 +254,17 @@ import portico
 print(os.getresuid(), os.path.exists(os.path.dirname(__file__) + "/a.sock"), flush=True)
 class Handler(portico.BaseRequestHandler):
     pass
-portico.events.subscribe(
-    lambda _: os.kill(os.getpid(), signal.SIGTERM), portico.events.ServerStarted
-)
+with open(os.path.dirname(__file__) + "/portico.pid") as file:
+    main = int(file.read())
+portico.events.subscribe(lambda _: os.kill(main, signal.SIGTERM), portico.events.ServerStarted)
 """
 
 
 @root_only
-def test_a_program_opens_its_listeners_as_root_and_imports_its_target_as_the_user() -> None:
+@pytest.mark.parametrize("more", [[], ["--workers", "1"]])
+def test_a_program_opens_its_listeners_as_root_and_imports_its_target_as_the_user(
+    more: list[str],
+) -> None:
     """What it may not remove at its end is left in a state that the next one replaces."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # pytest's own are closed to others
@@ -270,7 +273,7 @@ def test_a_program_opens_its_listeners_as_root_and_imports_its_target_as_the_use
             done = as_root(
                 "from portico.cli import main; main()",
                 *("serve", f"{folder}/target.py:Handler", f"unix:{folder}/a.sock"),
-                *("--user", "nobody", "--pid-file", f"{folder}/portico.pid"),
+                *("--user", "nobody", "--pid-file", f"{folder}/portico.pid", *more),
             )
             assert done.stdout == f"{(NOBODY.pw_uid,) * 3} True\n", done.stderr
             assert done.returncode == 0
