@@ -271,3 +271,10 @@ def test_a_handler_that_does_not_fit_is_refused_before_anything_is_served(make: 
 
     with pytest.raises(TargetError, match="it handles streams, which come to tcp:"):
         portico.serve(Lines, str(of(made)))
+
+
+def test_an_inherited_socket_has_one_server(make: Make) -> None:
+    """A client would get either handler; of sockets that portico opens the second is refused."""
+    made = make(socket.AF_INET, socket.SOCK_STREAM, LOOPBACK)
+    with pytest.raises(ListenerError, match="in use by this very process; is the address, or the"):
+        portico.serve(Upper, str(of(made)), str(of(made)))

@@ -247,23 +247,6 @@ def test_what_the_system_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         privileges.drop(WANTED)
 
 
-SERVE = """
-import os, sys
-from portico import program
-from portico.address import parse
-from portico.configuration import Configuration, ProcessSettings, ServiceSettings
-from portico.settings import Settings
-
-folder = sys.argv[1]
-program.run(lambda: Configuration(
-    process=ProcessSettings(user="nobody", pid_file=folder + "/portico.pid"),
-    services=(ServiceSettings(
-        name="portico", target=folder + "/target.py:Handler",
-        addresses=(parse("unix:" + folder + "/a.sock"),), settings=Settings(),
-    ),),
-))
-"""
-
 TARGET = """
 import os
 import signal
@@ -271,20 +254,27 @@ import portico
 print(os.getresuid(), os.path.exists(os.path.dirname(__file__) + "/a.sock"), flush=True)
 class Handler(portico.BaseRequestHandler):
     pass
-portico.events.subscribe(
-    lambda _: os.kill(os.getpid(), signal.SIGTERM), portico.events.ServerStarted
-)
+with open(os.path.dirname(__file__) + "/portico.pid") as file:
+    main = int(file.read())
+portico.events.subscribe(lambda _: os.kill(main, signal.SIGTERM), portico.events.ServerStarted)
 """
 
 
 @root_only
-def test_a_program_opens_its_listeners_as_root_and_imports_its_target_as_the_user() -> None:
+@pytest.mark.parametrize("more", [[], ["--workers", "1"]])
+def test_a_program_opens_its_listeners_as_root_and_imports_its_target_as_the_user(
+    more: list[str],
+) -> None:
     """What it may not remove at its end is left in a state that the next one replaces."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # pytest's own are closed to others
         Path(folder, "target.py").write_text(TARGET)
         for _ in range(2):
-            done = as_root(SERVE, folder)
+            done = as_root(
+                "from portico.cli import main; main()",
+                *("serve", f"{folder}/target.py:Handler", f"unix:{folder}/a.sock"),
+                *("--user", "nobody", "--pid-file", f"{folder}/portico.pid", *more),
+            )
             assert done.stdout == f"{(NOBODY.pw_uid,) * 3} True\n", done.stderr
             assert done.returncode == 0
             assert Path(folder, "portico.pid").read_text() == ""

@@ -148,7 +148,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]
 
 
 def test_systemd_is_told_how_the_service_is(manager: Systemd) -> None:
-    notifier = Notifier(manager.address)
+    notifier = Notifier(manager.address, watchdog=1.0)
     assert notifier.is_connected
     assert notifier.ready("ready on tcp://:80")
     assert manager.told() == ["READY=1", "STATUS=ready on tcp://:80"]
@@ -162,6 +162,13 @@ def test_systemd_is_told_how_the_service_is(manager: Systemd) -> None:
     assert manager.told() == ["STOPPING=1"]
     assert notifier.stopping("draining", within=18.5)
     assert manager.told() == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=18500000", "STATUS=draining"]
+
+
+def test_who_is_not_watched_gives_no_sign_of_life(manager: Systemd) -> None:
+    notifier = Notifier(manager.address)
+    assert not notifier.keep_alive()
+    assert notifier.status("quiet")
+    assert manager.told() == ["STATUS=quiet"]
 
 
 def test_a_reload_is_told_with_the_time_at_which_it_began(manager: Systemd) -> None:

@@ -6,10 +6,11 @@ Owns what is said when.  Leaves how it is said to `portico.systemd`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
+from portico.address import Address
 from portico.errors import PorticoError
 from portico.events import DrainStarted, Event, ServerStarted, subscribe
 from portico.service import STOP_PATIENCE, AdoptingMixIn, Service
@@ -70,7 +71,7 @@ class Announcement:
             self._started.add(server)
             if len(self._started) < len(addresses) or self._is_stopping:
                 return
-        self._notifier.ready(f"ready on {', '.join(map(str, addresses))}")
+        self._notifier.ready(ready_on(addresses))
 
     def _tell_stopping(self) -> None:
         with self._changed:
@@ -80,6 +81,11 @@ class Announcement:
         timeout = self._serving.drain_timeout
         within = None if timeout is None else timeout + STOP_PATIENCE
         self._notifier.stopping("draining", within=within)
+
+
+def ready_on(addresses: Iterable[Address]) -> str:
+    """Return the status of a service that is ready."""
+    return f"ready on {', '.join(map(str, addresses))}"
 
 
 def _nothing() -> None:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Final
 
 from portico import privileges
-from portico.announcement import Announcement
+from portico.announcement import Announcement, ready_on
 from portico.configuration import Configuration
 from portico.console import say
 from portico.duty import assign, expanded, logged, openings, report
@@ -120,7 +120,9 @@ class Soloist:
             while (number := self._signals.get()) in OBEYED:
                 match number:
                     case signal.SIGHUP:
+                        self._notifier.reloading("reads its certificates again")
                         _renew_certificates(serving)
+                        self._notifier.ready(ready_on(serving.addresses))
                     case signal.SIGUSR1:
                         _reopen()
                     case _:

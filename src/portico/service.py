@@ -25,12 +25,12 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
-from portico.address import Address, BoundAddress, Scheme, parse
+from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
 from portico.counters import Counters, Row
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
-from portico.errors import PhaseError, SettingError
+from portico.errors import ListenerError, PhaseError, SettingError
 from portico.events import ListenerBound, emit
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from portico.listener import OpenListener, expand, open_listener, scheme_of
@@ -504,6 +504,7 @@ def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
         ListenerError: An address cannot be had.
         SettingError: There is no such owner of a Unix socket.
     """
+    _refuse_shared([each.address for each in openings])
     accesses = [each.settings.socket_access() for each in openings]
     with ExitStack() as closing:
         opened: list[OpenListener] = []
@@ -546,6 +547,22 @@ def share_places(
         return settled, most * workers
     own = min(most, connection_limit(descriptors, most))
     return replace(settled, max_connections=own), most
+
+
+def _refuse_shared(addresses: Sequence[Address]) -> None:
+    """Make sure that no inherited socket is two servers': a client would get either of them.
+
+    A socket that is opened here is refused by the system, the second time.
+    """
+    seen: set[int] = set()
+    for each in addresses:
+        if isinstance(each, DescriptorAddress):
+            if each.descriptor in seen:
+                raise ListenerError(
+                    f"cannot listen on {each}: in use by this very process; is the address, or "
+                    "the name that systemd has for it, given twice?"
+                )
+            seen.add(each.descriptor)
 
 
 def server_class(

@@ -202,8 +202,11 @@ class Notifier:
         return self._send(f"MAINPID={pid}")
 
     def keep_alive(self) -> bool:
-        """Tell that the service is alive, at least every `watchdog_interval` seconds."""
-        return self._send("WATCHDOG=1")
+        """Tell that the service is alive, at least every `watchdog_interval` seconds.
+
+        Does nothing if systemd does not watch.
+        """
+        return self._watchdog is not None and self._send("WATCHDOG=1")
 
     def _send(self, *assignments: str) -> bool:
         """Send what is not empty, in one message."""

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from portico.service import STOP_PATIENCE
 from tests.support import PATIENCE, ROOT
 
 DEPLOY = ROOT / "deploy"
 
-LAST_WORDS = 2
+LAST_WORDS = STOP_PATIENCE
 """Seconds that a service takes after the time of its drain at the most."""
 
 APPLICATION = """
@@ -68,9 +69,7 @@ class Serving:
         """Drain, while one client is served; the block begins when draining has."""
         with socket.create_connection(("127.0.0.1", self.port)) as client:
             client.settimeout(PATIENCE)
-            client.sendall(b"first\n")
-            assert client.recv(64) == b"first\n"
-            client.sendall(b"half of ")  # unread: it is busy, and the drain waits for it
+            client.sendall(b"half of ")  # so that it is busy, and the drain waits for it
             self.process.send_signal(signal.SIGTERM)
             yield client
             client.sendall(b"a line\n")

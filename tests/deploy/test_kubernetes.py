@@ -68,9 +68,10 @@ def test_a_pod_leaves_before_it_closes_its_port() -> None:
     assert probe["periodSeconds"] + probe["timeoutSeconds"] < pause
 
 
-def test_readiness_turns_off_when_draining_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--workers", "2"]])
+def test_readiness_turns_off_when_draining_starts(tmp_path: Path, more: list[str]) -> None:
     """With the arguments of the manifest: the port is closed while a client is still served."""
-    with serving(tmp_path, container()["args"]) as service:
+    with serving(tmp_path, [*container()["args"], *more]) as service:
         assert not refuses(service.port)
         with service.draining():
             eventually(lambda: refuses(service.port), "the probe fails")

@@ -7,13 +7,14 @@ socket of the test's, which stands in for systemd's: no systemd runs here.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -228,7 +229,9 @@ def test_what_a_handler_runs_has_nothing_of_systemd(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_a_service_tells_when_it_is_ready_alive_and_stopping(folder: Path, kind: str) -> None:
+def test_a_service_tells_when_it_is_ready_alive_reloading_and_stopping(
+    folder: Path, kind: str
+) -> None:
     path = f"{folder}/notify"
     address = path if kind == "path" else f"@portico scenario {os.getpid()}"
     with ExitStack() as closing:
@@ -255,8 +258,70 @@ def test_a_service_tells_when_it_is_ready_alive_and_stopping(folder: Path, kind:
                 shout(client)
         while seen.count("WATCHDOG=1") < 3:
             seen.append(manager.recv(4096).decode())
+        process.send_signal(signal.SIGHUP)  # as Type=notify-reload does, which waits for both
+        while not seen[-1].startswith("RELOADING=1\nMONOTONIC_USEC="):
+            seen.append(manager.recv(4096).decode())
+        while not seen[-1].startswith("READY=1"):
+            seen.append(manager.recv(4096).decode())
         process.send_signal(signal.SIGTERM)
         while not seen[-1].startswith("STOPPING=1"):
             seen.append(manager.recv(4096).decode())
         assert "EXTEND_TIMEOUT_USEC=" in seen[-1]
         assert process.wait(PATIENCE) == 0
+
+
+def end(pid_file: Path) -> None:
+    """End the process whose number is in a file, if there is one: nobody else knows it."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+
+
+def test_workers_keep_the_passed_socket_through_a_reload_and_a_successor(folder: Path) -> None:
+    """And systemd is told of each step; the successor is the main process from then on."""
+    port = free_port()
+    address = f"@portico workers {os.getpid()}"
+    options = ["--fdname=web", f"--setenv=NOTIFY_SOCKET={address}"]
+    with ExitStack() as closing:
+        manager = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.settimeout(PATIENCE)
+        manager.bind(f"\0{address[1:]}")
+
+        def told() -> str:
+            return manager.recv(4096).decode()
+
+        def ask() -> None:
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                shout(client)
+
+        pid_file = folder / "portico.pid"
+        closing.callback(end, pid_file)
+        service = closing.enter_context(
+            activated(
+                folder,
+                options,
+                [f"127.0.0.1:{port}"],
+                *("application.py:Shout", "systemd:web"),
+                *("--workers", "2", "--pid-file", "portico.pid"),
+            )
+        )
+        ready = f"READY=1\nSTATUS=ready on tcp://127.0.0.1:{port}"
+        ask()
+        assert told() == ready
+        service.process.send_signal(signal.SIGHUP)
+        assert told().startswith("RELOADING=1\nMONOTONIC_USEC=")
+        assert told() == ready
+        ask()
+        service.process.send_signal(signal.SIGUSR2)
+        # From two processes, so in either order.
+        first, second = sorted([told(), told()])
+        assert second == ready
+        successor = int(first.removeprefix("MAINPID="))
+        ended = os.pidfd_open(successor)
+        closing.callback(os.close, ended)
+        service.process.wait(PATIENCE)  # what it says is read by nobody
+        assert pid_file.read_text() == f"{successor}\n"
+        ask()
+        os.kill(successor, signal.SIGTERM)
+        assert told().startswith("STOPPING=1")
+        assert select.select([ended], [], [], PATIENCE)[0]
+        assert not pid_file.exists()
