@@ -196,7 +196,7 @@ def test_totals_are_the_sum_of_all_that_was_ever_counted_and_never_go_down(
 def test_totals_that_are_read_meanwhile_never_go_down(counters: Counters, workers: int) -> None:
     """Workers count, are killed in the middle of it, and are replaced; a reader looks all along."""
     killed: list[Counts] = []
-    stop = threading.Event()
+    started, stop = threading.Event(), threading.Event()
 
     def work(number: int) -> None:
         station = Row(counters, number).station(HERE)
@@ -212,10 +212,12 @@ def test_totals_that_are_read_meanwhile_never_go_down(counters: Counters, worker
             now = counters.totals().sum
             assert all(getattr(now, each) >= getattr(before, each) for each in NEVER_DOWN)
             before = now
+            started.set()
         return before.finished
 
     reader = Call(read)
     try:
+        assert started.wait(PATIENCE)
         for _ in range(6):
             rows = [counters.claim() for _ in range(workers)]
             children = [forked(partial(work, number)) for number in rows]

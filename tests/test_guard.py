@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import portico
 from portico import (
     BaseRequestHandler,
     ForkingTCPServer,
@@ -539,3 +540,36 @@ def test_rules_that_change_count_whom_a_proxy_speaks_for() -> None:
             second.sendall(PROXY_LINE)
             assert goodbye(second) == b""
             exchange(first)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        portico.TCPServer,
+        portico.ThreadingTCPServer,
+        portico.ForkingTCPServer,
+        portico.ThreadPoolTCPServer,
+        portico.GreenTCPServer,
+    ],
+)
+def test_connections_are_held_weakly_only_where_a_program_may_lose_them(engine: Any) -> None:
+    """A hook of its own may take a connection away and say nothing of its end."""
+
+    class Taking(engine):  # type: ignore[misc]
+        def process_request(self, request: Any, client_address: Any) -> None:
+            request.close()
+
+    class Handling(engine):  # type: ignore[misc]
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            """Come back to the hook that ends the connection."""
+
+    for kind, is_weak in ((engine, False), (Taking, True), (Handling, False)):
+        with kind(("127.0.0.1", 0), None) as made:
+            assert made._guard.connections.holds_weakly is is_weak
+            assert made._guard.tracks_plainly is not is_weak
+            made.close_request = portico.TCPServer.close_request.__get__(made)
+            made._guard.read_settings()
+            assert made._guard.connections.holds_weakly is is_weak
+            made.close_request = lambda request: None
+            made._guard.read_settings()
+            assert made._guard.connections.holds_weakly

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from random import random
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import pytest
 
 import portico
-from portico import address
+from portico import address, service
 from portico.admission import AdmissionRules
 from portico.counters import Counters, Row
 from portico.counts import Cell, Totals
 from portico.events import RefusalReason
 from portico.gate import WhenFull
-from portico.listener import OpenListener, open_listener
+from portico.listener import open_listener
 from portico.places import LOOK_AGAIN, SharedGate, SharedPlaces
 from portico.service import Assignment, Service, share_places, station_names
 from portico.settings import Settings
@@ -344,7 +345,8 @@ class Stay(portico.StreamRequestHandler):
 class Workers:
     """Processes that serve one listener, each as a service with a row of the same mapping."""
 
-    def __init__(self, number: int, **settings: Any) -> None:
+    def __init__(self, number: int, limit: int | None = None, **settings: Any) -> None:
+        self.limit = limit  # of each worker
         self.settings = Settings(**settings)
         self.opened = open_listener(address.parse("tcp://127.0.0.1:0"), backlog=64)
         self.where: Any = self.opened.socket.getsockname()
@@ -363,13 +365,16 @@ class Workers:
         return child
 
     def _work(self, number: int) -> None:
-        listener = OpenListener(self.opened.place, self.opened.socket)
+        if self.limit is not None:
+            settled = replace(self.settings.resolved(1000), max_connections=self.limit)
+            service.share_places = lambda *_: (settled, self.number * (self.limit or 0))
+        listener = self.opened.lend()
         assignment = Assignment(Stay, self.opened.place.address, self.settings)
         with Service(
             [assignment], [listener], row=Row(self.counters, number), workers=self.number
-        ) as service:
-            with service.stopped_by_signals():
-                service.run()
+        ) as serving:
+            with serving.stopped_by_signals():
+                serving.run()
 
     def end(self, child: int, number: int = signal.SIGTERM) -> None:
         os.kill(child, number)
@@ -434,8 +439,11 @@ def test_a_client_has_the_place_of_a_worker_that_was_killed() -> None:
 
 @pytest.mark.parametrize("engine", ["threads", "green"])
 def test_who_finds_no_place_in_any_worker_is_refused(engine: str) -> None:
-    settings = {"max_connections": 2, "when_full": "refuse", "farewell": b"full\n"}
-    with closing(Workers(2, engine=engine, **settings)) as workers, ExitStack() as stack:
+    settings: dict[str, Any] = {"when_full": "refuse", "farewell": b"full\n"}
+    with (
+        closing(Workers(2, engine=engine, max_connections=2, **settings)) as workers,
+        ExitStack() as stack,
+    ):
         clients = [
             stack.enter_context(socket.create_connection(workers.where, PATIENCE)) for _ in range(6)
         ]
@@ -455,6 +463,31 @@ def test_who_comes_has_the_place_of_one_that_is_idle(engine: str) -> None:
             client = stack.enter_context(socket.create_connection(workers.where, PATIENCE))
             assert int(client.recv(64)) in workers.children
             assert workers.totals().sum.active <= 2
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_a_client_is_served_although_the_worker_that_it_woke_cannot(engine: str) -> None:
+    """It has no connection to close; another worker has the one that could make room."""
+    with (
+        closing(Workers(3, engine=engine, max_connections=1, when_full="shed")) as workers,
+        ExitStack() as stack,
+    ):
+        for _ in range(8):
+            client = stack.enter_context(socket.create_connection(workers.where, PATIENCE))
+            assert int(client.recv(64)) in workers.children
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_a_worker_without_descriptors_left_leaves_clients_to_the_others(engine: str) -> None:
+    with (
+        closing(Workers(2, limit=2, engine=engine)) as workers,
+        ExitStack() as stack,
+    ):
+        clients = [
+            stack.enter_context(socket.create_connection(workers.where, PATIENCE)) for _ in range(4)
+        ]
+        served = [int(client.recv(64)) for client in clients]
+        assert sorted(map(served.count, workers.children)) == [2, 2]
 
 
 def test_a_bell_that_nobody_has_rung_keeps_no_client_waiting() -> None:

@@ -133,8 +133,9 @@ class Connections:
 
     A connection is found by its request.  It is in here until just before its socket is closed,
     so whoever finds it may use the socket, if `interrupt` does it.  A program may take a connection
-    away and let go of it without a word, as it may with the socket of a `socketserver`: then it is
-    in here until nobody has its socket any more.
+    away and let go of it without a word, as it may with the socket of a `socketserver`: where it
+    has hooks of its own (`holds_weakly`), a connection is in here until nobody has its socket any
+    more.
 
     Callable from any thread: what has to be atomic is one step of a dictionary.
 
@@ -146,6 +147,8 @@ class Connections:
     def __init__(self, on_lost: Callable[[Connection], object]) -> None:
         self.by_request: dict[int, Connection] = {}
         """By the ``id`` of the request."""
+        self.holds_weakly = True
+        """Whether one that is added is forgotten when nobody has its socket any more."""
         self._on_lost = on_lost
         self._interrupting = Lock()  # held while a socket is used from another thread
 
@@ -157,8 +160,9 @@ class Connections:
         return iter(list(self.by_request.values()))
 
     def add(self, request: Any, client_address: ClientAddress) -> Connection:
-        """Remember a connection that was accepted, and whose end the program may keep to itself."""
-        connection = self.by_request[id(request)] = Connection(self._hold(request), client_address)
+        """Remember a connection that was accepted."""
+        held = self._hold(request) if self.holds_weakly else request
+        connection = self.by_request[id(request)] = Connection(held, client_address)
         return connection
 
     def get(self, request: Any) -> Connection | None:
@@ -180,9 +184,13 @@ class Connections:
         """Forget a connection whose socket is closed next; ``None`` if it is forgotten already."""
         connection = self.by_request.pop(id(request), None)
         if connection is not None and connection.is_held:
-            with self._interrupting:  # its descriptor must not become another's now
-                pass
+            self.await_interrupt()
         return connection
+
+    def await_interrupt(self) -> None:
+        """Wait until no socket is being used: its descriptor must not become another's now."""
+        with self._interrupting:
+            pass
 
     def interrupt(self, connection: Connection, how: int = _socket.SHUT_RDWR) -> bool:
         """Shut a connection down, which wakes whoever waits for it in any engine.

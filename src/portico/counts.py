@@ -30,7 +30,7 @@ class Cell(IntEnum):
     PLACES = 9
     """Connections that have a place among `max_connections`; of a live worker alone."""
     AWAITS = 10
-    """Whether the worker waits for one."""
+    """Since when the worker waits for one, by `time.monotonic_ns`; 0 if it does not."""
 
 
 NO_PREAMBLE: Final = "no preamble"

@@ -48,6 +48,16 @@ Looking at each for every client that comes would make a flood of clients expens
 """
 
 
+AT_THE_END: Final = (
+    "process_request",
+    "process_request_thread",
+    "serve_request",
+    "shutdown_request",
+    "close_request",
+)
+"""The hooks that see a connection to its end."""
+
+
 class Counting(Protocol):
     """Who counts the requests of a server.  Callable from any thread."""
 
@@ -81,6 +91,9 @@ class Guard:
         """The drain under way, or the last one."""
         self.verifies_late = False
         """Whether a peer is not known before its preamble, because a proxy speaks for it."""
+        self.tracks_plainly = False
+        """Whether a connection that comes is remembered without further questions: it needs no
+        place, has no limit in time, and ends where the hooks of this library see it."""
         self.is_in_child = False
         """Whether this process was forked to serve one connection."""
         self.of_children: dict[int, Connection] = {}
@@ -118,9 +131,18 @@ class Guard:
         deadlines = {name: getattr(server, name) for name in DEADLINES}
         peers_come = getattr(server, "proxy_protocol", None) is None
         self.verifies_late = not peers_come
+        self.connections.holds_weakly = not _sees_every_end(server)
         settings = admission, deadlines, server.when_full, peers_come
-        if settings == self._settings:
-            return
+        if settings != self._settings:
+            self._build(admission, deadlines)
+            self._settings = settings
+        self.tracks_plainly = (
+            self.gate is None and self.keeper is None and not self.connections.holds_weakly
+        )
+
+    def _build(self, admission: dict[str, Any], deadlines: dict[str, Any]) -> None:
+        """Build what the settings ask for."""
+        server, peers_come = self._server, not self.verifies_late
         when_full = read_when_full(server.when_full)
         rules, limits = AdmissionRules(**admission), Rules(**deadlines)
         self._exchange_gate(
@@ -129,7 +151,6 @@ class Guard:
         self._exchange_keeper(
             None if limits == Rules() else Timekeeper(server, self.connections, limits)
         )
-        self._settings = settings
 
     def _make_gate(self, rules: AdmissionRules, when_full: WhenFull, peers_come: bool) -> Gate:
         # A child serves one connection, whose place its parent keeps.
@@ -280,10 +301,14 @@ class Guard:
             connection = self.connections.get(request)
             if connection is not None:
                 self.drain.note_end(connection)
-        known = self.connections.remove(request)
-        if self.counter is not None and known is not None:
-            self.counter.note_closing(request)
-        return known
+        # What `remove` does, without a call: every connection ends here.
+        connection = self.connections.by_request.pop(id(request), None)
+        if connection is not None:
+            if connection.is_held:
+                self.connections.await_interrupt()
+            if self.counter is not None:
+                self.counter.note_closing(request)
+        return connection
 
     def _note_lost(self, connection: Connection) -> None:
         """Give the place of a connection back whose socket nobody has any more."""
@@ -379,3 +404,14 @@ def check_timeout(name: str, value: float | None) -> None:
     """
     if value is not None and not 0 <= value < inf:
         raise SettingError(name, value, "0 or more seconds, or None for no limit")
+
+
+def _sees_every_end(server: Any) -> bool:
+    """Say whether the hooks that see a connection to its end are all this library's own.
+
+    A program's own may take a connection away and never say what became of it.
+    """
+    hooks = (getattr(server, name, None) for name in AT_THE_END)
+    return all(
+        hook is None or getattr(hook, "__module__", "").startswith("portico.") for hook in hooks
+    )

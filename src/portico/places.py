@@ -16,8 +16,10 @@ import errno
 import os
 from collections.abc import Collection
 from threading import Lock
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from portico.acceptor import is_ready
 from portico.admission import Admission, AdmissionRules
 from portico.counts import Cell
 from portico.events import RefusalReason
@@ -102,7 +104,7 @@ class SharedPlaces:
         It has to be looked once more for a place afterwards, before anybody waits.
         """
         self._bell.hush()
-        self._station.cells[Cell.AWAITS] = 1
+        self._station.cells[Cell.AWAITS] = monotonic_ns()
         self._settle_order()
         return self._bell.fileno()
 
@@ -111,6 +113,14 @@ class SharedPlaces:
         cells = self._station.cells
         did_wait, cells[Cell.AWAITS] = cells[Cell.AWAITS], 0
         return bool(did_wait)
+
+    @property
+    def is_awaited_elsewhere(self) -> bool:
+        """Whether another worker may wait for a place, and this one does not."""
+        since = self._station.cells[Cell.AWAITS]
+        if since and monotonic_ns() - since < LOOK_AGAIN * 1e9:
+            return False
+        return any(self._column(Cell.AWAITS))
 
     @property
     def descriptor(self) -> int:
@@ -271,7 +281,8 @@ class SharedGate(Gate):
 class SharingMixIn(_Base):
     """Accept a connection only when there is a place for it among those of all workers.
 
-    Owns `make_gate`; extends `get_request` and `pause_accepting`, in front of every engine.
+    Owns `make_gate`; extends `get_request`, `pause_accepting` and `service_actions`, in front of
+    every engine.
     """
 
     shared_places: SharedPlaces
@@ -305,3 +316,13 @@ class SharingMixIn(_Base):
         if seconds is None and self.shared_places.descriptor in until:
             seconds = LOOK_AGAIN
         super().pause_accepting(seconds, until=until)
+
+    def service_actions(self) -> None:
+        """Look after a client for whom another worker has no place.
+
+        Where a client wakes one worker only (``EPOLLEXCLUSIVE``), and that one is full by itself,
+        or has no connection that it could close to make room, nobody else would hear of the client.
+        """
+        super().service_actions()
+        if self.shared_places.is_awaited_elsewhere and is_ready(self):
+            self._handle_request_noblock()

@@ -446,7 +446,9 @@ class BaseServer:
             if not is_admitted:
                 self._refuse(request, client_address, reason or RefusalReason.NOT_ADMITTED)
                 return
-            if can_be_tracked(request):
+            if guard.tracks_plainly and can_be_tracked(request):
+                guard.connections.by_request[id(request)] = Connection(request, client_address)
+            elif can_be_tracked(request):
                 guard.track(request, client_address)
             if not guard.verifies_late and not self.verify_request(request, client_address):
                 self._refuse(request, client_address, RefusalReason.NOT_VERIFIED)
@@ -511,13 +513,13 @@ class BaseServer:
         if inline is not None and inline[0] is request:
             request, client_address = self.__prepare(request, client_address)
             inline[1:] = request, client_address
-            if not self.__verify(request, client_address):
+            if self._guard.verifies_late and not self.__verify(request, client_address):
                 return False
             self.finish_request(request, client_address)
         else:
             try:
                 request, client_address = self.__prepare(request, client_address)
-                if not self.__verify(request, client_address):
+                if self._guard.verifies_late and not self.__verify(request, client_address):
                     return False
                 self.finish_request(request, client_address)
             except Exception as error:
@@ -806,8 +808,6 @@ class BaseServer:
 
     def __verify(self, request: Request, client_address: ClientAddress) -> bool:
         """Ask the program about a peer that was not known before its preamble."""
-        if not self._guard.verifies_late:
-            return True
         refusal = self._guard.admit_peer(request, client_address)
         if refusal is None and not self.verify_request(request, client_address):
             refusal = RefusalReason.NOT_VERIFIED

@@ -1,46 +1,38 @@
 """Keep worker processes serving: start, watch and replace them, and exchange them for a reload.
 
-Owns the processes, the listeners that they share, and the signals.  Waits in one call for all that
-can happen: signals, what workers say, and the next instant at which something is due.  Leaves what
-to do next to `portico.supervision`, which only decides, and serving to `portico.worker`.
+Owns the generations of workers, the listeners that they share, and what signals mean.  Waits in one
+call for all that can happen: signals, what workers say, and the next instant at which something is
+due.  Leaves what to do next to `portico.supervision`, which only decides, the processes to
+`portico.workers`, and serving to `portico.worker`.
 
 The listeners are opened once.  None of them is closed while somebody may still wait in its queue:
 a worker that goes leaves it open for the others.
-
-Sources: signal(7); fork(2); wait(2) (only processes of our own are collected); listen(2), called
-again for another backlog.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, inf
-from pathlib import Path
-from types import FrameType
 from typing import Final, TypeAlias
 
 from portico import privileges
-from portico.address import Address
-from portico.channel import Channel, Message
-from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
+from portico.configuration import MOST_WORKERS, Configuration
 from portico.console import say
 from portico.counters import Counters
 from portico.duty import counted, expanded, log_kept, openings
 from portico.errors import CountersError, PorticoError
-from portico.handover import Heir, Heritage, said_end, start_heir
-from portico.listener import OpenListener
+from portico.handover import Heir, Heritage, start_heir
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
 from portico.pidfile import PidFile
 from portico.service import STOP_PATIENCE, raise_descriptor_limit, station_names
+from portico.signals import SignalPipe
 from portico.supervision import (
     Adopt,
     Drain,
@@ -52,17 +44,13 @@ from portico.supervision import (
     Limits,
     Report,
     Situation,
-    Stage,
     Start,
     Stop,
     Wait,
-    Worker,
     decide,
-    note_end,
-    note_ready,
 )
 from portico.systemd import Notifier
-from portico.worker import DUMP_SIGNAL, Post, work
+from portico.workers import Reading, Workers
 
 Load: TypeAlias = Callable[[], Configuration]
 
@@ -70,8 +58,6 @@ DRAIN_SLACK: Final = 2 * STOP_PATIENCE
 """Seconds beyond `drain_timeout` after which a worker that still drains is ended: it has ways of
 its own to end handlers, and more to tell than one that is killed."""
 
-SELF_DOUBT: Final = 1.0
-"""Seconds by which a wait may take too long before it is no worker's fault that it was silent."""
 
 SIGNALS: Final = (
     signal.SIGTERM,
@@ -85,61 +71,9 @@ SIGNALS: Final = (
 )
 """What a supervisor hears."""
 
-PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-
 
 class SupervisorError(PorticoError, RuntimeError):
     """No worker can be started; says why."""
-
-
-@dataclass(slots=True)
-class Reading:
-    """One reading of the configuration, and what was opened for it.
-
-    Attributes:
-        number: That of its generation.
-        configuration: What was read.
-        listeners: One for each address, in their order.
-        addresses: Those addresses, as they were asked for.
-    """
-
-    number: int
-    configuration: Configuration
-    listeners: tuple[OpenListener, ...]
-    addresses: tuple[Address, ...]
-
-    @property
-    def has_memory_limit(self) -> bool:
-        """Whether it is asked how large its workers are."""
-        return self.configuration.process.max_worker_memory is not None
-
-
-@dataclass(slots=True)
-class Process:
-    """A worker process.
-
-    Attributes:
-        pid: Its number.
-        channel: To it.
-        row: In which it counts.
-        reading: What it serves.
-        state: How it is.
-        failure: Why it says that it cannot serve.
-        has_left: Whether it has stopped accepting.
-        is_gone: Whether its end of the channel is closed.
-    """
-
-    pid: int
-    channel: Channel
-    row: int
-    reading: Reading
-    state: Worker
-    failure: str = ""
-    has_left: bool = False
-    is_gone: bool = False
-
-    def __str__(self) -> str:
-        return f"worker {self.state.number} (process {self.pid})"
 
 
 class Supervisor:
@@ -163,7 +97,8 @@ class Supervisor:
         self._notifier = notifier
         self._heritage = heritage
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
-        self._processes: list[Process] = []
+        self._signals = SignalPipe(SIGNALS)
+        self._workers = Workers(self._change, self._let_go)
         self._readings: dict[int, Reading] = {}
         self._wanted = 0
         self._serving: Generation | None = None
@@ -178,7 +113,6 @@ class Supervisor:
         self._first = configuration
         self._counters: Counters
         self._pid_file: PidFile
-        self._reader = self._writer = -1
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -194,13 +128,12 @@ class Supervisor:
         with ExitStack() as closing:
             closing.callback(self._listeners.close)
             self._pid_file = closing.enter_context(PidFile(process.pid_file, predecessor))
-            self._counters = self._make_counters()
+            self._counters = self._workers.counters = self._make_counters()
             closing.callback(self._counters.close)
             self._begin(self._first)
             privileges.drop(identity)
             closing.enter_context(log_kept(process))
-            self._hear()
-            closing.callback(self._hear_no_more)
+            closing.enter_context(self._signals)
             self._work()
         if self._failure:
             raise SupervisorError(self._failure)
@@ -227,9 +160,9 @@ class Supervisor:
     def _act(self) -> float | None:
         """Carry out what is decided; return until when to wait then."""
         while True:
-            self._look()
+            self._workers.look()
             situation = Situation(
-                [each.state for each in self._processes],
+                self._workers.states,
                 self._wanted,
                 self._serving,
                 self._upcoming,
@@ -249,17 +182,15 @@ class Supervisor:
     def _carry_out(self, action: object) -> None:
         match action:
             case Start(generation):
-                self._start(self._readings[generation])
+                self._workers.start(self._readings[generation], self._wanted)
             case Drain(worker, reason):
-                self._drain(self._find(worker), reason)
+                self._workers.drain(worker, self._rest_of, reason)
             case Report(worker, reason, by_signal):
-                self._ask(self._find(worker), reason, by_signal=by_signal)
+                self._workers.ask(worker, reason, by_signal=by_signal)
             case Interrupt(worker):
-                self._signal(self._find(worker), signal.SIGTERM, Stage.INTERRUPTED)
+                self._workers.interrupt(worker)
             case Kill(worker, reason):
-                found = self._find(worker)
-                say(f"{found} is killed: {reason}")
-                self._signal(found, signal.SIGKILL, Stage.KILLED)
+                self._workers.kill(worker, reason)
             case Adopt():
                 self._adopt()
             case GiveUp(_, reason):
@@ -269,37 +200,29 @@ class Supervisor:
             case _:
                 raise AssertionError(action)
 
-    def _look(self) -> None:
-        """See how the workers are, from what they share with us."""
-        for each in self._processes:
-            state = each.state
-            if state.stage is not Stage.READY:
-                continue
-            pulse = self._counters.pulse(each.row)
-            beat = max(state.beat, pulse.heartbeat / 1e9)
-            memory = _memory(each.pid) if each.reading.has_memory_limit else 0
-            state = replace(state, beat=beat, requests=pulse.served, memory=memory)
-            if state.asked is not None and beat > state.asked:  # it has come back
-                state = replace(state, asked=None, asks=0, has_answered=False)
-            each.state = state
-
     def _wait(self, until: float | None) -> None:
         """Wait until something happens, or until an instant, and take note of it."""
         ready = self._poll(until)
-        for each in tuple(self._processes):
+        for each in self._workers:
             if each.channel.fileno() in ready:
-                self._listen(each)
+                self._workers.listen(each)
         if self._heir is not None and self._heir.channel.fileno() in ready:
             self._listen_to_heir(self._heir)
-        if self._reader in ready:
-            self._hear_signals()
-        self._collect()
+        for number in self._signals.take():
+            self._obey(number)
+        has_any_ended = self._workers.collect()
+        if self._stop is not Stop.NOT and self._workers.have_left:
+            # Those who connect now are refused, and try elsewhere; in the queue they would wait for
+            # the end of the drain, and then be reset.
+            self._listeners.close()
+        elif has_any_ended:
+            self._tidy()
 
     def _poll(self, until: float | None) -> set[int]:
         """Wait; return the descriptors that have something to tell."""
         poll = select.poll()
-        poll.register(self._reader, select.POLLIN)
-        for each in self._processes:
+        poll.register(self._signals, select.POLLIN)
+        for each in self._workers:
             if not each.is_gone:
                 poll.register(each.channel, select.POLLIN)
         if self._heir is not None and not self._heir.is_serving:
@@ -310,44 +233,11 @@ class Supervisor:
             instants.append(now + interval)
         pause = max(0.0, min(instants) - now)
         ready = poll.poll(None if pause == inf else ceil(pause * 1000))
-        self._excuse(now + pause)
+        self._workers.excuse(now + pause)
         self._notifier.keep_alive()
         return {number for number, _ in ready}
 
-    def _excuse(self, expected: float) -> None:
-        """Take silence for no sign of anything after a time in which we did not run either.
-
-        The processes of a terminal are stopped and go on together, and so are those of a container.
-        """
-        now = time.monotonic()
-        if now - expected < SELF_DOUBT:
-            return
-        for each in self._processes:
-            each.state = replace(each.state, beat=now)
-
     # --- signals --------------------------------------------------------------------------
-
-    def _hear(self) -> None:
-        """Have signals written into a pipe, for the wait to end."""
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        os.set_blocking(self._writer, False)
-        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, _do_nothing)  # the interpreter writes its number
-
-    def _hear_no_more(self) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
-        os.close(self._reader)
-        os.close(self._writer)
-
-    def _hear_signals(self) -> None:
-        """Do what the signals ask for that have come."""
-        with suppress(BlockingIOError):
-            for number in os.read(self._reader, 4096):
-                self._obey(number)
 
     def _obey(self, number: int) -> None:
         match number:
@@ -404,8 +294,7 @@ class Supervisor:
             say(f"cannot open the log again: {error}")
         else:
             say("has opened its log again")
-        for each in self._processes:
-            each.channel.send("reopen")
+        self._workers.reopen_logs()
 
     def _want(self, count: int) -> None:
         if count != self._wanted:
@@ -479,7 +368,7 @@ class Supervisor:
 
     def _tidy(self) -> None:
         """Forget the readings that nobody serves any more, and close their listeners."""
-        used = {each.reading.number for each in self._processes}
+        used = {each.reading.number for each in self._workers}
         used |= {each.number for each in (self._serving, self._upcoming) if each is not None}
         self._readings = {
             number: reading
@@ -490,85 +379,6 @@ class Supervisor:
         for gone in self._listeners.keep(kept):
             say(f"serves {gone.place.address} no more")
 
-    # --- workers --------------------------------------------------------------------------
-
-    def _start(self, reading: Reading) -> None:
-        """Fork a worker."""
-        now = time.monotonic()
-        taken = {each.state.number for each in self._processes}
-        number = next(number for number in range(1, len(taken) + 2) if number not in taken)
-        process = reading.configuration.process
-        state = Worker(
-            number, reading.number, Stage.STARTING, now, now, allowance=_allowance(process)
-        )
-        try:
-            row = self._counters.claim()
-            try:
-                self._fork(reading, state, row)
-            except BaseException:
-                self._counters.release(row)
-                raise
-        except (OSError, CountersError) as error:
-            reason = f"worker {number} cannot be started: {error}"
-            say(reason)
-            self._change(reading.number, lambda each: note_end(each, state, now, reason))
-
-    def _fork(self, reading: Reading, state: Worker, row: int) -> None:
-        ours, theirs = Channel.pair()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()  # or the child would write it again
-        try:
-            # No handler of ours may run in the child: it would write to our pipe.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            try:
-                pid = os.fork()
-                if pid == 0:
-                    lent = tuple(each.lend() for each in reading.listeners)
-                    post = Post(
-                        reading.configuration, lent, self._counters, row, self._wanted, theirs
-                    )
-                    work(post, lambda: self._let_go(ours))
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._processes.append(Process(pid, ours, row, reading, state))
-
-    def _let_go(self, ours: Channel) -> None:
-        """Close in a child what is the supervisor's: while it is open, nobody misses it."""
-        ours.close()
-        os.close(self._reader)
-        os.close(self._writer)
-        for each in self._processes:
-            each.channel.close()
-        if self._heir is not None:
-            self._heir.channel.close()
-        if self._heritage is not None:
-            self._heritage.channel.close()
-        self._listeners.close()  # the lent ones are others, and a child ends nothing by this
-
-    def _find(self, number: int) -> Process:
-        return next(each for each in self._processes if each.state.number == number)
-
-    def _signal(self, process: Process, number: int, stage: Stage) -> None:
-        """Send a worker a signal, and note in what stage it is from then on."""
-        process.state = replace(process.state, stage=stage, since=time.monotonic(), asked=None)
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, number)
-
-    def _drain(self, process: Process, reason: str) -> None:
-        if reason:
-            say(f"{process} drains: {reason}")
-        rest = self._rest_of(process.reading)
-        if process.channel.send("drain", rest=rest):
-            process.state = replace(process.state, stage=Stage.DRAINING, since=time.monotonic())
-        else:
-            self._signal(process, signal.SIGTERM, Stage.DRAINING)
-
     def _rest_of(self, reading: Reading) -> list[int]:
         """Return the listeners from which nobody else accepts, by their numbers in a reading."""
         if self._stop is Stop.NOT and self._serving is not None:
@@ -577,94 +387,24 @@ class Supervisor:
             others = self._handed_over
         return [at for at, each in enumerate(reading.listeners) if id(each) not in others]
 
-    def _ask(self, process: Process, reason: str, *, by_signal: bool) -> None:
-        """Have a worker say where its threads are."""
-        state = process.state
-        if by_signal:
-            say(f"{process} does not answer; its threads are at:")
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, DUMP_SIGNAL)
-        else:
-            process.channel.send("report", reason=reason)
-        process.state = replace(state, asked=time.monotonic(), asks=state.asks + 1)
-
-    def _listen(self, process: Process) -> None:
-        """Take note of what a worker says."""
-        while messages := process.channel.receive():
-            for message in messages:
-                self._note(process, message)
-        process.is_gone = messages is None
-
-    def _note(self, process: Process, message: Message) -> None:
-        state, now = process.state, time.monotonic()
-        match message["kind"]:
-            case "ready" if state.stage is Stage.STARTING:
-                process.state = replace(state, stage=Stage.READY, since=now, ready=now, beat=now)
-                say(f"{process} is ready")
-                self._change(state.generation, note_ready)
-            case "failed":
-                process.failure = str(message.get("reason"))
-            case "left":
-                process.has_left = True
-                self._close_if_left()
-            case "waits":
-                process.state = replace(state, beat=now, asked=None, asks=0)
-            case "stacks" if state.asked is not None:
-                say(f"{process} is stuck; its threads are at:\n{message.get('text')}")
-                process.state = replace(state, has_answered=True)
-            case "served":
-                for line in message.get("drained", ()):
-                    say(f"{process}: {line}")
-            case _:
-                pass
-
-    def _close_if_left(self) -> None:
-        """Close the listeners when everything ends and nobody accepts any more.
-
-        Those who connect now are refused, and try elsewhere; in the queue they would wait for the
-        end of the drain, and then be reset.
-        """
-        if self._stop is not Stop.NOT and all(each.has_left for each in self._processes):
-            self._listeners.close()
-
-    def _collect(self) -> None:
-        """See which processes have ended."""
-        ended = False
-        for each in tuple(self._processes):
-            pid, status = os.waitpid(each.pid, os.WNOHANG)
-            if pid:
-                ended = True
-                self._listen(each)  # its last words
-                self._note_end(each, status)
-        if ended:
-            self._close_if_left()
-            self._tidy()
-
-    def _note_end(self, process: Process, status: int) -> None:
-        self._processes.remove(process)
-        process.channel.close()
-        counts = self._counters.release(process.row)
-        process.state = replace(process.state, requests=counts.served)
-        how = said_end(status)
-        reason = process.failure or f"{process} {how}"
-        state, now = process.state, time.monotonic()
-        if state.ready is None and state.stage is not Stage.INTERRUPTED:
-            say(f"{process} could not start: {process.failure or f'it {how}'}")
-        elif state.stage is Stage.DRAINING and status == 0:
-            say(f"{process} has ended")
-        else:
-            say(f"{process} {how}")
-        self._change(state.generation, lambda each: note_end(each, state, now, reason))
-        serving = self._serving
-        if serving is not None and serving.number == state.generation and serving.retry > now:
-            say(f"starts another worker in {serving.retry - now:.1f} s")
-
     def _change(self, number: int, change: Callable[[Generation], Generation]) -> None:
         """Exchange what is known of a generation, if it still counts."""
         if self._serving is not None and self._serving.number == number:
             self._serving = change(self._serving)
         if self._upcoming is not None and self._upcoming.number == number:
             self._upcoming = change(self._upcoming)
+        serving, now = self._serving, time.monotonic()
+        if serving is not None and serving.number == number and serving.retry > now:
+            say(f"starts another worker in {serving.retry - now:.1f} s")
+
+    def _let_go(self) -> None:
+        """Close in a child what is the supervisor's."""
+        self._signals.close()
+        if self._heir is not None:
+            self._heir.channel.close()
+        if self._heritage is not None:
+            self._heritage.channel.close()
+        self._listeners.close()  # the lent ones are others, and a child ends nothing by this
 
     # --- a successor ----------------------------------------------------------------------
 
@@ -729,21 +469,3 @@ def _limits(configuration: Configuration) -> Limits:
         drain_timeout=None if None in timeouts else longest + DRAIN_SLACK,
         max_memory=process.max_worker_memory,
     )
-
-
-def _allowance(process: ProcessSettings) -> int | None:
-    """Return after how many requests a worker is replaced."""
-    if process.max_requests is None:
-        return None
-    return process.max_requests + random.randint(0, process.max_requests_jitter)  # noqa: S311
-
-
-def _memory(pid: int) -> int:
-    """Return the bytes of memory that a process takes; 0 if nobody knows."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * PAGE
-    return 0
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    pass

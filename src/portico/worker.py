@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Final, NoReturn
 
 from portico import stacks
@@ -37,6 +36,7 @@ from portico.events import ServerStarted, subscribe
 from portico.listener import OpenListener
 from portico.logfile import reopen_all
 from portico.service import STOP_PATIENCE, AdoptingMixIn, Service, Tally
+from portico.signals import do_nothing
 from portico.waits import thread_waits_in_read, thread_waits_in_write
 
 DUMP_SIGNAL: Final = signal.SIGRTMAX - 1
@@ -119,16 +119,12 @@ def _settle_signals() -> None:
     signal.set_wakeup_fd(-1)
     for number in OF_THE_SUPERVISOR:
         # A handler that does nothing, since programs that a worker starts would inherit SIG_IGN.
-        signal.signal(number, _do_nothing)
+        signal.signal(number, do_nothing)
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     with suppress(OSError, ValueError):  # there is no standard error
         faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True, chain=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    pass
 
 
 class Worker:
