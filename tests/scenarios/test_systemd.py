@@ -344,6 +344,6 @@ def test_workers_keep_the_passed_socket_through_a_reload_and_a_successor(folder:
         assert pid_file.read_text() == f"{successor}\n"
         ask()
         os.kill(successor, signal.SIGTERM)
-        assert told().startswith("STOPPING=1")
+        assert told().startswith("STOPPING=1\nEXTEND_TIMEOUT_USEC=")
         assert select.select([ended], [], [], PATIENCE)[0]
         assert not pid_file.exists()
