@@ -90,7 +90,14 @@ class Supervised:
         self._has_ended = False
         self._changed = threading.Condition()  # guards the two above
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.supervised", str(folder / "settings.json")],
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-m",
+                "tests.supervised",
+                str(folder / "settings.json"),
+            ],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -256,6 +256,10 @@ def test_reloads_that_come_too_fast_are_one(tmp_path: Path) -> None:
 # --- a successor -------------------------------------------------------------------------
 
 
+def children_of(process: int) -> list[str]:
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
 def hand_over(program: Supervised) -> int:
     """Have another supervisor take over, and return its process."""
     before = program.pid
@@ -308,6 +312,26 @@ def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> No
         hand_over(program)
         eventually(lambda: program.ask() == b"second hello\n")
         program.stop()
+
+
+def test_one_successor_at_a_time_and_none_before_it_serves(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    slow = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(gate)!r}).exists(): time.sleep(0.01)\n"
+    )
+    with supervised(tmp_path, slow + ECHO, workers=1) as program:
+        eventually(lambda: len(children_of(program.pid)) == 1)
+        program.send(signal.SIGUSR2)
+        program.wait_for("cannot hand over before it serves")
+        gate.touch()
+        program.wait_ready(1)
+        gate.unlink()
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another supervisor")
+        program.send(signal.SIGUSR2)
+        program.wait_for(r"another supervisor \(process \d+\) is starting already")
+        program.stop()
+        assert program.wait_ended() == 0
 
 
 # --- stuck -------------------------------------------------------------------------------
