@@ -45,7 +45,8 @@ LAYERS = (
     ("portico.combinations",),
     ("portico.configuration", "portico.service", "portico.settings", "portico.target"),
     ("portico",),
-    ("portico.program",),
+    ("portico.doctor", "portico.program"),
+    ("portico.reloader",),
     ("portico.cli", "portico.swap"),
     ("portico.__main__",),
 )

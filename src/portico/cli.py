@@ -20,6 +20,7 @@ import click
 import portico
 from portico import address, program, swap, target
 from portico.configuration import Configuration, ProcessSettings, ServiceSettings
+from portico.doctor import command as doctor
 from portico.engines import ENGINES, HUBS_OF, WORKERS_OF
 from portico.engines import settings as engine_settings
 from portico.errors import PorticoError, SettingError
@@ -246,6 +247,9 @@ def run(
         engine_settings(engine, hubs=hubs)
     # Returned, and not called: what the program raises is not for click to catch.
     return partial(_run_program, program, args, engine=engine, hubs=hubs, is_module=is_module)
+
+
+commands.add_command(doctor.command, "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
