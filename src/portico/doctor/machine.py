@@ -26,8 +26,8 @@ from portico.doctor.facts import Ceiling, Kernel, Limits
 PACKAGES: Final = ("greenlet", "watchfiles")
 """What portico can use, by the name that is imported."""
 
-RUNS_ALL: Final = 24
-"""The number of CAP_SYS_RESOURCE, which lifts the limit of tasks; capabilities(7)."""
+EXEMPTING: Final = 1 << 24 | 1 << 21
+"""CAP_SYS_RESOURCE and CAP_SYS_ADMIN: who has one exceeds the limit of tasks; setrlimit(2)."""
 
 
 def read_kernel(root: Path = Path("/")) -> Kernel:
@@ -86,7 +86,7 @@ def read_packages() -> Mapping[str, bool]:
 def _of_user(root: Path) -> Ceiling | None:
     """Return the tasks that the processes of this user may have together."""
     most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if most == resource.RLIM_INFINITY or _is_exempt(_text(root / "proc/self/status")):
+    if most == resource.RLIM_INFINITY or _is_exempt(root / "proc/self"):
         return None
     return Ceiling(most, _tasks_of(os.getuid(), root), "the limit of the user (RLIMIT_NPROC)")
 
@@ -101,10 +101,12 @@ def _of_machine(root: Path) -> Ceiling | None:
     return Ceiling(min(known), int(running[1]) if running else 0, "the machine")
 
 
-def _is_exempt(status: str) -> bool:
-    """Say whether a process's status tells of the right to exceed the limit of its user."""
-    effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    return effective is not None and bool(int(effective[1], 16) >> RUNS_ALL & 1)
+def _is_exempt(process: Path) -> bool:
+    """Say whether a process may exceed the limit of its user: the system's own root, for one."""
+    if os.getuid() == 0 and _numbers(process / "uid_map")[:2] == [0, 0]:
+        return True
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", _text(process / "status"), re.MULTILINE)
+    return effective is not None and bool(int(effective[1], 16) & EXEMPTING)
 
 
 def _tasks_of(user: int, root: Path) -> int:

@@ -25,7 +25,7 @@ from portico.doctor.facts import Stall, TargetFacts, Trial
 IMPORT_PATIENCE: Final = 30.0
 """Seconds that importing a target may take; half of what a worker may take to start."""
 
-END_PATIENCE: Final = 5.0
+END_PATIENCE: Final = 1.0
 """Seconds that it has to end once it is told to."""
 
 CLIENTS: Final = 4

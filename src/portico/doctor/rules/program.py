@@ -38,7 +38,8 @@ def _of_trial(service: ServiceSettings, trial: Trial) -> Iterator[Finding]:
         )
         return
     for stall in trial.stalls:
-        found = f"{service.target} held its event loop for {stall.duration:.1f} s or more at {stall.place}"
+        held = f"held its event loop for {stall.duration:.1f} s or more"
+        found = f"{service.target} {held} at {stall.place}"
         if service.settings.engine == "green":
             yield warn(
                 "trial",
