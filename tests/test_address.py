@@ -86,7 +86,9 @@ def test_a_unix_path_is_read(
 
 
 def test_a_scheme_says_which_sockets_it_is_for() -> None:
-    kinds = {scheme: (scheme.is_unix, scheme.socket_type) for scheme in Scheme}
+    kinds = {
+        scheme: (scheme.is_unix, scheme.socket_type) for scheme in Scheme if not scheme.is_inherited
+    }
     assert kinds == {
         Scheme.TCP: (False, socket.SOCK_STREAM),
         Scheme.TLS: (False, socket.SOCK_STREAM),
@@ -100,14 +102,20 @@ def test_a_scheme_says_which_sockets_it_is_for() -> None:
     ("text", "expected"),
     [
         # The scheme.
-        ("", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
+        (
+            "",
+            "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH, unix-datagram:PATH",
+        ),
         ("http://localhost:80", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT"),
         ("127.0.0.1:9000", "tcp://127.0.0.1:9000 or udp://127.0.0.1:9000"),
         ("[::1]:9000", "tcp://[::1]:9000 or udp://[::1]:9000"),
         (":9000", "tcp://:9000 or udp://:9000"),
         ("9000", "tcp://:9000 or udp://:9000"),
         ("/run/a.sock", "unix:/run/a.sock or unix-datagram:/run/a.sock"),
-        ("/", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
+        (
+            "/",
+            "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH, unix-datagram:PATH",
+        ),
         # The port.
         ("tcp", "tcp://HOST:PORT, or tcp://:PORT"),
         ("tcp:/x", "tcp://HOST:PORT, or tcp://:PORT"),

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import portico
 from portico import cli, events, program, service, swap
-from portico.address import parse
+from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
 from portico.lifecycle import DrainReport
 from portico.service import Tally
@@ -296,7 +296,10 @@ def test_each_of_several_servers_says_what_it_did(
 ) -> None:
     path = f"unix:{tmp_path}/a.sock"
     report = DrainReport(4, 2, 1, 1, 1.23, 0.94)
-    tallies = [Tally(parse(LOOPBACK), 3, 0, 1, report), Tally(parse(path), 1, 2, 0)]
+    tallies = [
+        Tally(InternetAddress(Scheme.TCP, "127.0.0.1", 0), 3, 0, 1, report),
+        Tally(UnixAddress(Scheme.UNIX, f"{tmp_path}/a.sock"), 1, 2, 0),
+    ]
     monkeypatch.setattr(service.Service, "run", lambda _: tallies)
     assert status("serve", HANDLER, LOOPBACK, path) == 0
     lines = capsys.readouterr().err.splitlines()

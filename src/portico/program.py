@@ -10,12 +10,18 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Final
 
-from portico import logs, target
+from portico import logs, privileges, systemd, target
+from portico.address import Address
+from portico.announcement import Announcement
 from portico.configuration import Configuration, ServiceSettings
-from portico.service import Assignment, Service, Tally, raise_descriptor_limit
+from portico.listener import OpenListener, expand, scheme_of
+from portico.pidfile import PidFile
+from portico.service import Assignment, Service, Tally, open_listeners, raise_descriptor_limit
+from portico.settings import Settings
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -33,16 +39,63 @@ def run(load: Callable[[], Configuration]) -> bool:
         PorticoError: What was asked cannot be done.
     """
     configuration = load()
-    assignments = assign(configuration.services)
+    process = configuration.process
+    identity = privileges.find(process.user, process.group)
+    notifier = systemd.Notifier.take()
+    services = expanded(configuration.services)
     raise_descriptor_limit()
-    with logged(configuration.process.log_level), Service(assignments) as serving:
-        with serving.stopped_by_signals():
+    with logged(process.log_level), PidFile(process.pid_file):
+        with ExitStack() as closing:
+            listeners = open_services(services)
+            for each in listeners:
+                closing.callback(each.close)
+            privileges.drop(identity)  # and only now does anything of the target's run
+            serving = closing.enter_context(Service(assign(services), listeners))
+            closing.enter_context(serving.stopped_by_signals())
+            closing.enter_context(Announcement(notifier, serving))
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()
             tallies = serving.run()
             report(tallies, time.monotonic() - started)
     return serving.has_left_handlers
+
+
+def expanded(services: Sequence[ServiceSettings]) -> list[ServiceSettings]:
+    """Put a descriptor for each socket in the place of those that systemd passes under a name.
+
+    Takes the sockets that systemd passes, whether they are asked for or not.
+
+    Raises:
+        ListenerError: It passed none of that name.
+    """
+    systemd.passed_sockets()  # so that no child takes them for its own
+    return [replace(each, addresses=tuple(expand(each.addresses))) for each in services]
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Where a listener is to be opened.
+
+    Attributes:
+        address: Where.
+        settings: Those of its service.
+    """
+
+    address: Address
+    settings: Settings
+
+
+def open_services(services: Sequence[ServiceSettings]) -> list[OpenListener]:
+    """Open a listener for each address of each service, in the order of `assign`, or none.
+
+    Raises:
+        ListenerError: An address cannot be had.
+        SettingError: There is no such owner of a Unix socket.
+    """
+    return open_listeners(
+        [Opening(address, each.settings) for each in services for address in each.addresses]
+    )
 
 
 def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
@@ -55,7 +108,7 @@ def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
     for each in services:
         handler = target.load(each.target)
         for address in each.addresses:
-            target.check_scheme(each.target, handler, address.scheme)
+            target.check_scheme(each.target, handler, scheme_of(address))
             assignments.append(Assignment(handler, address, each.settings))
     return assignments
 

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
-from portico.address import Address, Scheme, parse
+from portico.address import Address, BoundAddress, Scheme, parse
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
@@ -41,7 +42,7 @@ from portico.events import (
 )
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from portico.lifecycle import DrainReport
-from portico.listener import OpenListener, open_listener
+from portico.listener import OpenListener, expand, open_listener, scheme_of
 from portico.settings import Settings, SettingValues
 from portico.target import Handler, check_scheme
 
@@ -69,6 +70,9 @@ it had its last words; one that does not even notice that is interrupted, or lef
 
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
+
+POLL_INTERVAL: Final = 0.5
+"""Seconds between two rounds of an idle loop that has something to do in each."""
 
 OF_EVERY_KIND: Final = ("accept_rate", "accept_burst", "allowed_networks", "denied_networks")
 """Settings of every server under the same name."""
@@ -100,7 +104,7 @@ class AdoptingMixIn(_Base):
     """The listener."""
 
     @property
-    def address(self) -> Address:
+    def address(self) -> BoundAddress:
         """The address that was bound, with the port that the system chose."""
         return self.opened.place.address_of(self.server_address)
 
@@ -150,7 +154,7 @@ class Tally:
             signal came first.
     """
 
-    address: Address
+    address: BoundAddress
     served: int
     refused: int
     cut_off: int
@@ -193,6 +197,7 @@ class Service:
         self._is_ending_at_once = False
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self._wakeup: Wakeup | None = None
+        self._poll_interval = POLL_INTERVAL
         with ExitStack() as closing:
             if listeners is None:
                 listeners = open_listeners(assignments)
@@ -221,9 +226,14 @@ class Service:
         self.close()
 
     @property
-    def addresses(self) -> list[Address]:
+    def addresses(self) -> list[BoundAddress]:
         """The addresses that were bound, with the ports that the system chose."""
         return [server.address for server in self._servers]
+
+    @property
+    def drain_timeout(self) -> float | None:
+        """Seconds that the longest drain may take; ``None`` for no limit."""
+        return self._drain_timeout
 
     @property
     def has_left_handlers(self) -> bool:
@@ -252,6 +262,20 @@ class Service:
         tallies = [counter.tally() for counter in self._counters]
         self.close()
         return tallies
+
+    def beat(self, beat: Callable[[], object], interval: float) -> None:
+        """Have `beat` called while the serving loops are alive; to be said before `run`.
+
+        Args:
+            beat: Called in one of the loops whenever every one of them has gone round again.
+            interval: Seconds between two calls at the most, of a service that is alive.
+        """
+        pulse = _Pulse(beat, len(self._servers), interval / 2)
+        self._poll_interval = pulse.interval
+        for server in self._servers:
+            # On the instance: a server that has nothing to do so often sleeps until a client comes.
+            actions = server.service_actions
+            vars(server)["service_actions"] = partial(pulse.go_round, server, actions)
 
     def stop(self) -> None:
         """Have `run` drain the servers and return.  Callable from any thread and signal handler."""
@@ -326,7 +350,7 @@ class Service:
         try:
             self._is_in_loop = True
             try:
-                server.serve_forever()
+                server.serve_forever(self._poll_interval)
             finally:
                 self._is_in_loop = False
         except KeyboardInterrupt:
@@ -350,7 +374,7 @@ class Service:
         """Serve each address in a thread of its own, until `stop` or until none is left."""
         wakeup = self._wakeup = Wakeup()
         try:
-            loops = [_Loop(server, wakeup) for server in self._servers]
+            loops = [_Loop(server, wakeup, self._poll_interval) for server in self._servers]
             for loop in loops:
                 loop.start()
             _wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
@@ -415,25 +439,43 @@ def serve(
     checked = Settings.read({"engine": engine, **settings})
     if not addresses:
         raise SettingError("addresses", addresses, "at least one, such as 'tcp://127.0.0.1:9000'")
-    parsed = [parse(each) if isinstance(each, str) else each for each in addresses]
+    parsed = expand(parse(each) if isinstance(each, str) else each for each in addresses)
     for address in parsed:
-        check_scheme(getattr(handler, "__qualname__", repr(handler)), handler, address.scheme)
+        name = getattr(handler, "__qualname__", repr(handler))
+        check_scheme(name, handler, scheme_of(address))
     with Service([Assignment(handler, address, checked) for address in parsed]) as service:
         in_main_thread = threading.current_thread() is threading.main_thread()
         with service.stopped_by_signals() if in_main_thread else nullcontext():
             return service.run()
 
 
-def open_listeners(assignments: Sequence[Assignment]) -> list[OpenListener]:
-    """Open a listener for each assignment, or none.
+class Opening(Protocol):
+    """What says where a listener is to be opened, such as an `Assignment`."""
+
+    @property
+    def address(self) -> Address:
+        """Where."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """Its backlog, and who may use the file of a Unix socket."""
+        ...
+
+
+def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
+    """Open a listener for each of several openings, or none.
 
     Raises:
         ListenerError: An address cannot be had.
+        SettingError: There is no such owner of a Unix socket.
     """
+    accesses = [each.settings.socket_access() for each in openings]
     with ExitStack() as closing:
         opened: list[OpenListener] = []
-        for each in assignments:
-            opened.append(open_listener(each.address, backlog=each.settings.backlog))
+        for each, access in zip(openings, accesses, strict=True):
+            backlog = each.settings.backlog
+            opened.append(open_listener(each.address, backlog=backlog, access=access))
             closing.callback(opened[-1].close)
         closing.pop_all()
         return opened
@@ -581,17 +623,18 @@ class _Drainer(threading.Thread):
 class _Loop(threading.Thread):
     """A serving loop in a thread of its own."""
 
-    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup) -> None:
+    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup, poll_interval: float) -> None:
         super().__init__(name=str(server.address), daemon=True)
         self.error: BaseException | None = None
         self.has_ended = False
         self.is_drained = False
         self._server = server
         self._wakeup = wakeup
+        self._poll_interval = poll_interval
 
     def run(self) -> None:
         try:
-            self._server.serve_forever()
+            self._server.serve_forever(self._poll_interval)
         except BaseException as error:  # raised again, in the thread of `Service.run`
             self.error = error
         finally:
@@ -615,6 +658,30 @@ class _Loop(threading.Thread):
         finally:
             self.is_drained = True
             self._wakeup.wake()
+
+
+class _Pulse:
+    """Tells that all serving loops are alive, by the rounds that they make."""
+
+    def __init__(self, beat: Callable[[], object], loops: int, interval: float) -> None:
+        self.interval = interval
+        self._beat = beat
+        self._loops = loops
+        self._changed = threading.Lock()  # guards the two below
+        self._seen: set[AdoptingMixIn] = set()
+        self._last = -inf
+
+    def go_round(self, server: AdoptingMixIn, actions: Callable[[], None]) -> None:
+        """Take note that a loop has gone round; called in it, for every connection as well."""
+        actions()
+        now = time.monotonic()
+        with self._changed:
+            self._seen.add(server)
+            if len(self._seen) < self._loops or now - self._last < self.interval:
+                return
+            self._seen.clear()
+            self._last = now
+        self._beat()
 
 
 class _Counter:

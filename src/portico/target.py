@@ -89,6 +89,8 @@ def check_scheme(target: str, handler: Handler, scheme: Scheme) -> None:
     Raises:
         TargetError: It would.
     """
+    if scheme.is_inherited:
+        return  # its sockets say of what kind they are, once they are there
     is_stream = not scheme.is_datagram
     if is_stream and _is_kind(handler, DatagramRequestHandler):
         fitting = Scheme.UNIX_DATAGRAM if scheme.is_unix else Scheme.UDP

@@ -63,5 +63,5 @@ def _targets(configuration: Configuration, request: TrialRequest | None) -> dict
     schemes: dict[str, list[str]] = {}
     for service in configuration.services:
         own = schemes.setdefault(service.target, [])
-        own += [str(address.scheme) for address in service.addresses]
+        own += [str(address.scheme) for address in service.addresses if places.is_known(address)]
     return {name: trial.examine(name, own, request) for name, own in schemes.items()}

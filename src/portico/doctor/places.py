@@ -17,8 +17,9 @@ from portico.diagnosis import explained, is_socket
 from portico.doctor.facts import Occupancy, PlaceFacts
 from portico.errors import ListenerError
 from portico.holders import Holder, find_holders
-from portico.listener import is_stale, resolve
+from portico.listener import resolve
 from portico.place import Place
+from portico.socketfile import is_stale
 
 OUR_NAME: Final = "portico"
 """The name of the program that a service of ours runs as."""

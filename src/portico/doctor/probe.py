@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     tell({"threads": started})
     if serve == "yes":
         try:
-            _serve(handler, Scheme(schemes[0]).is_datagram, tell)
+            _serve(handler, any(Scheme(each).is_datagram for each in schemes), tell)
         except (PorticoError, OSError) as error:
             tell({"problem": str(error)})
 

@@ -62,7 +62,7 @@ def examine(
 
     Args:
         target: Its name.
-        schemes: Those of the addresses that it is to serve; at least one.
+        schemes: Those of the addresses that it is to serve, as far as they are known.
         request: How it is to be tried; ``None`` to import it alone.
         import_patience: Seconds that the import may take.
     """
