@@ -52,6 +52,7 @@ LAYERS = (
     ("portico.announcement",),
     ("portico",),
     ("portico.doctor", "portico.program"),
+    ("portico.changes",),
     ("portico.reloader",),
     ("portico.cli", "portico.swap"),
     ("portico.__main__",),

@@ -18,7 +18,7 @@ from typing import IO, Any, Final, NoReturn, TypeVar
 import click
 
 import portico
-from portico import address, program, swap, target
+from portico import address, program, reloader, swap, target
 from portico.configuration import Configuration, ProcessSettings, ServiceSettings
 from portico.doctor import command as doctor
 from portico.engines import ENGINES, HUBS_OF, WORKERS_OF
@@ -183,10 +183,12 @@ def commands() -> None:
     show_default=True,
     help="What is told of the servers; what each connection does is told at debug.",
 )
+@click.option("--reload", is_flag=True, help="Start anew when a file changes, in development.")
 def serve(
     target_name: str,
     address_texts: tuple[str, ...],
     *,
+    reload: bool,
     log_level: str,
     **options: Any,
 ) -> Callable[[], None] | None:
@@ -218,6 +220,9 @@ def serve(
                 ),
             ),
         )
+        if reload:
+            reloader.run(lambda: configuration)
+            return None
         has_left_handlers = program.run(lambda: configuration)
     return _leave if has_left_handlers else None
 
