@@ -123,7 +123,11 @@ class Edited:
 
     def close(self) -> None:
         if hasattr(self, "process"):
-            self.end()
+            self.process.terminate()
+            try:
+                self.rest()
+            finally:
+                self.end()
         self._stack.close()
 
 

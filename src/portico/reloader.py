@@ -67,8 +67,8 @@ def run(load: Callable[[], Configuration], files: Files = ()) -> None:
         files: What it reads, to be watched as well.
 
     Raises:
-        PorticoError: What was asked cannot be done, watching included.  After the first start it is
-            said instead, and the next change waited for.
+        PorticoError: What was asked cannot be done at the first start, or there is no watching any
+            more.  What is wrong at a later start is said, and the next change waited for.
     """
     require_watchfiles()
     configuration = load()
@@ -151,12 +151,14 @@ class Reloader:
         single = {each for each in self._files if folders.isdisjoint(each.parents)}
         if (folders, self._files) == self._watched:
             return
-        watches = [Watch(folders, self._files)] if folders else []
+        before = list(self._watches)
+        if folders:
+            self._watches.append(Watch(folders, self._files))
         if any(each.parent.is_dir() for each in single):
-            watches.append(Watch((), single))
-        before, self._watches = self._watches, watches
+            self._watches.append(Watch((), single))
         self._watched = (folders, set(self._files))
         for each in before:
+            self._watches.remove(each)
             each.close()
 
     # --- a child ------------------------------------------------------------------------
