@@ -6,8 +6,10 @@ import pytest
 
 from portico.address import (
     UNIX_PATH_SIZE,
+    DescriptorAddress,
     InternetAddress,
     Scheme,
+    SystemdAddress,
     UnixAddress,
     from_socket_name,
     parse,
@@ -99,6 +101,25 @@ def test_a_scheme_says_which_sockets_it_is_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected", "is_tls"),
+    [
+        ("systemd:web", SystemdAddress(Scheme.SYSTEMD, "web"), False),
+        ("systemd:portico.socket", SystemdAddress(Scheme.SYSTEMD, "portico.socket"), False),
+        ("SYSTEMD+TLS:web", SystemdAddress(Scheme.SYSTEMD_TLS, "web"), True),
+        ("fd://3", DescriptorAddress(Scheme.DESCRIPTOR, 3), False),
+        ("fd+tls://0", DescriptorAddress(Scheme.DESCRIPTOR_TLS, 0), True),
+    ],
+)
+def test_an_inherited_socket_is_known_by_its_name_or_its_number(
+    text: str, expected: SystemdAddress | DescriptorAddress, is_tls: bool
+) -> None:
+    address = parse(text)
+    assert address == expected
+    assert str(address) == text.lower()
+    assert (address.scheme.is_inherited, address.scheme.is_tls) == (True, is_tls)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         # The scheme.
@@ -116,6 +137,16 @@ def test_a_scheme_says_which_sockets_it_is_for() -> None:
             "/",
             "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH, unix-datagram:PATH",
         ),
+        # What is inherited.
+        ("systemd:", "systemd:NAME, with the FileDescriptorName= of a .socket unit, such as syst"),
+        ("systemd://web", "systemd:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("systemd+tls:a:b", "systemd+tls:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("systemd:a\nb", "systemd:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("systemd:" + "a" * 256, "systemd:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("fd:3", "fd://NUMBER, with the number of a descriptor, such as fd://3"),
+        ("fd://", "fd://NUMBER, with the number of a descriptor, such as fd://3"),
+        ("fd://03", "fd://NUMBER, with the number of a descriptor"),
+        ("fd+tls://-1", "fd+tls://NUMBER, with the number of a descriptor, such as fd+tls://3"),
         # The port.
         ("tcp", "tcp://HOST:PORT, or tcp://:PORT"),
         ("tcp:/x", "tcp://HOST:PORT, or tcp://:PORT"),

@@ -242,6 +242,8 @@ def test_what_is_remembered_of_strangers_is_bounded() -> None:
     for number, peer in enumerate(peers):
         assert of.decide(peer, NOON) is (RefusalReason.DENIED if number & 1 else None)
         assert len(of._known) <= MAX_KNOWN_HOSTS
+        assert len(of._counts) <= MAX_KNOWN_HOSTS + of.active
     for peer in peers[::2]:
         of.leave(peer)
-    assert (of.active, of._of_peer) == (0, {})
+    assert of.active == 0
+    assert not any(count.open for count in of._counts.values())

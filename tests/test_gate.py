@@ -73,9 +73,9 @@ def test_a_proxy_gets_the_place_and_its_client_is_judged() -> None:
     assert gate.admit_peer(PEER, 0.0) is None
     assert gate.admit_peer(PEER, 0.0) is RefusalReason.TOO_MANY_OF_PEER
     assert gate.admit_peer(OTHER, 0.0) is RefusalReason.DENIED
-    gate.leave_peer(PEER)
+    gate.leave(PROXY, PEER)
     assert gate.admit_peer(PEER, 0.0) is None
-    assert gate.active == 2
+    assert gate.active == 1
 
 
 def test_the_limit_holds_whatever_threads_come_and_go() -> None:
@@ -135,12 +135,12 @@ def test_the_client_of_a_proxy_that_came_in_elsewhere_is_counted() -> None:
     gate = make(counts_peers=False, max_connections_per_peer=1)
     gate.take_over(PROXY, PEER)
     assert gate.admit_peer(PEER, 0.0) is RefusalReason.TOO_MANY_OF_PEER
-    gate.lose(PROXY, PEER)
+    gate.leave(PROXY, PEER)
     assert gate.active == 0
     assert gate.admit_peer(PEER, 0.0) is None
 
 
-@pytest.mark.parametrize("step", ["admit", "admit_peer", "leave", "leave_peer", "await_room"])
+@pytest.mark.parametrize("step", ["admit", "admit_all", "admit_peer", "await_room"])
 def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
     step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,16 +149,15 @@ def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
     for _ in range(3):
         gate.admit(PROXY, 0.0)
         gate.admit_peer(PEER, 0.0)
-    on_places = step in {"admit", "leave", "await_room"}
-    owner: Any = gate.places if on_places else gate._peers
-    inner = {"admit": "decide", "admit_peer": "decide"}.get(step, "leave")
+    owner: Any = gate._peers if step == "admit_peer" else gate.places
+    inner = "decide"
     if step == "await_room":
         owner, inner = type(gate.places), "is_full"
         original: Any = owner.is_full
 
         def interrupted_look(self: Any) -> bool:
-            if self is gate.places and len(gate._lost) == 0 and gate.active == 3:
-                gate.lose(PROXY, PEER)
+            if self is gate.places and len(gate._left) == 0 and gate.active == 3:
+                gate.leave(PROXY, PEER)
                 assert gate.active == 3, "not in the middle of it"
             return bool(original.fget(self))
 
@@ -168,21 +167,20 @@ def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
 
         def interrupted(*arguments: Any) -> Any:
             monkeypatch.setattr(owner, inner, function)
-            gate.lose(PROXY, PEER)
+            gate.leave(PROXY, PEER)
             assert gate.active == 3, "not in the middle of it"
             return function(*arguments)
 
         monkeypatch.setattr(owner, inner, interrupted)
     arguments: tuple[Any, ...] = {
         "admit": (PROXY, 0.0),
+        "admit_all": ([PROXY], 0.0),
         "admit_peer": (PEER, 0.0),
-        "leave": (PROXY,),
-        "leave_peer": (PEER,),
         "await_room": (),
     }[step]
     getattr(gate, step)(*arguments)
-    expected = {"admit": 3, "leave": 1}.get(step, 2)
-    assert gate.active == expected
+    assert not gate._left
+    assert gate.active == (3 if step in {"admit", "admit_all"} else 2)
 
 
 def test_who_waits_for_room_learns_of_a_place_that_was_lost() -> None:
@@ -190,6 +188,6 @@ def test_who_waits_for_room_learns_of_a_place_that_was_lost() -> None:
     gate.admit(PEER, 0.0)
     room = gate.await_room()
     assert room is not None
-    gate.lose(PEER)
+    gate.leave(PEER)
     assert is_readable(room)
     gate.close()

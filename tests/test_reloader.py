@@ -40,7 +40,7 @@ def load():
         name="a", target=sys.argv[1], addresses=tuple(map(parse, addresses)),
         settings=Settings()),))
 try:
-    reloader.run(load, [sys.argv[2]])
+    reloader.run(load, lambda: [sys.argv[2]])
 except Exception as error:
     sys.exit(f"refused: {error}")
 """
@@ -399,6 +399,19 @@ def test_settings_are_read_again_and_listeners_follow(edited: Edited, tmp_path: 
     assert ask(two) == b"first"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(one, PATIENCE)
+
+
+def test_a_file_of_settings_is_watched(edited: Edited, tmp_path: Path) -> None:
+    settings = tmp_path / "portico.toml"
+    text = f"target = '{edited.target}:handle'\naddresses = 'tcp://127.0.0.1:0'\n"
+    settings.write_text(text)
+    edited.start(["-m", "portico", "serve", "--reload", "--config", str(settings)])
+    address = edited.ready()
+    settings.write_text(f"{text}idle_timeot = 1\n")
+    edited.read(r"error: .*portico.toml.*; waiting for a change")
+    settings.write_text(f"{text}idle_timeout = 1\n")
+    assert edited.ready() == address
+    assert ask(address) == b"first"
 
 
 def test_an_address_that_cannot_be_had_is_an_error_of_the_first_start(edited: Edited) -> None:

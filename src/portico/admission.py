@@ -43,7 +43,6 @@ _UNIX_SHAPES: Final = (str, bytes, NoneType)
 """What a client address of a Unix socket can be: a path, an abstract name, of a datagram none."""
 
 _Peer: TypeAlias = str | int
-_Verdict: TypeAlias = tuple[RefusalReason | None, _Peer | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,19 @@ class AdmissionRules:
         object.__setattr__(self, "denied_networks", denied)
 
 
+class _Count:
+    """How many connections of one peer are open."""
+
+    __slots__ = ("open",)
+
+    def __init__(self) -> None:
+        self.open = 0
+
+
+_Verdict: TypeAlias = tuple[RefusalReason | None, _Count | None]
+"""Why a host may not come in, and the count of its peer, if that is counted."""
+
+
 class Admission:
     """Applies rules to connections as they come and go.
 
@@ -106,7 +118,7 @@ class Admission:
         self.active = 0
         self.limit = _limit(rules.max_connections)
         self._peer_limit = _limit(rules.max_connections_per_peer)
-        self._of_peer: dict[_Peer, int] = {}  # only peers that have a connection open
+        self._counts: dict[_Peer, _Count] = {}  # of the hosts that are known, and of who is here
         self._known: dict[object, _Verdict] = {}  # by the host of an address, never a single sign
         self._allowed = (
             None
@@ -147,30 +159,28 @@ class Admission:
             nothing has changed.
         """
         # Every connection comes through here: what is not a call costs half of what one does.
-        peer = None
-        count = 0
+        count = None
         if self._knows_peers:
             try:
-                refusal, peer = self._known[client_address[0]]
+                refusal, count = self._known[client_address[0]]
             except (LookupError, TypeError):  # the first of its host, or of a shape without one
-                refusal, peer = self._look_at(client_address)
+                refusal, count = self._look_at(client_address)
             if refusal is not None:
                 return refusal
-            if peer is not None:
-                count = self._of_peer.get(peer, 0)
-                if count >= self._peer_limit:
-                    return RefusalReason.TOO_MANY_OF_PEER
-        full_at = self._full_at
+            if count is not None and count.open >= self._peer_limit:
+                return RefusalReason.TOO_MANY_OF_PEER
         if self._interval:
+            full_at = self._full_at
             if full_at - now > self._patience:
                 return RefusalReason.TOO_FAST
-            full_at = max(full_at, now) + self._interval
-        if self.active >= self.limit:
+            if self.active >= self.limit:
+                return RefusalReason.TOO_MANY
+            self._full_at = (full_at if full_at > now else now) + self._interval  # noqa: FURB136
+        elif self.active >= self.limit:
             return RefusalReason.TOO_MANY
-        self._full_at = full_at
         self.active += 1
-        if peer is not None:
-            self._of_peer[peer] = count + 1
+        if count is not None:
+            count.open += 1
         return None
 
     def take_over(self, client_address: Any) -> None:
@@ -180,9 +190,9 @@ class Admission:
             client_address: As for `decide`.
         """
         if self._counts_peers:
-            _, peer = self._look_at(client_address)
-            if peer is not None:
-                self._of_peer[peer] = self._of_peer.get(peer, 0) + 1
+            _, count = self._look_at(client_address)
+            if count is not None:
+                count.open += 1
         self.active += 1
 
     def leave(self, client_address: Any) -> None:
@@ -194,16 +204,12 @@ class Admission:
         assert self.active, "nobody leaves who was not admitted"
         if self._counts_peers:
             try:
-                _, peer = self._known[client_address[0]]
+                _, count = self._known[client_address[0]]
             except (LookupError, TypeError):  # its host was forgotten, or it has none
-                _, peer = self._look_at(client_address)
-            if peer is not None:
-                count = self._of_peer.get(peer, 0)
-                assert count, "no peer leaves more often than it was admitted"
-                if count == 1:
-                    del self._of_peer[peer]
-                else:
-                    self._of_peer[peer] = count - 1
+                _, count = self._look_at(client_address)
+            if count is not None:
+                assert count.open, "no peer leaves more often than it was admitted"
+                count.open -= 1
         self.active -= 1
 
     def _look_at(self, client_address: Any) -> _Verdict:
@@ -214,11 +220,12 @@ class Admission:
         if address is None:
             return (None if self._allowed is None else RefusalReason.NOT_ALLOWED), None
         refusal = self._judge(address)
-        peer = _peer(address) if self._counts_peers else None
         if len(self._known) >= MAX_KNOWN_HOSTS:
             self._known.clear()
-        self._known[client_address[0]] = refusal, peer
-        return refusal, peer
+            self._counts = {peer: count for peer, count in self._counts.items() if count.open}
+        count = self._counts.setdefault(_peer(address), _Count()) if self._counts_peers else None
+        self._known[client_address[0]] = refusal, count
+        return refusal, count
 
     def _judge(self, address: IPAddress) -> RefusalReason | None:
         if address in self._denied:

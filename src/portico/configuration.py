@@ -17,6 +17,8 @@ from portico.settings import AUTO, Auto, Settings, StrPath, check_account
 MOST_WORKERS: Final = 1024
 """Worker processes at the most: far above any machine, so that a larger number is a mistake."""
 
+LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSettings:
@@ -75,6 +77,9 @@ class ProcessSettings:
         _check_whole("max_worker_memory", self.max_worker_memory, 1, expected)
         for name in ("worker_timeout", "start_timeout"):
             _check_seconds(name, getattr(self, name))
+        if self.log_level not in LOG_LEVELS:
+            words = ", ".join(map(repr, LOG_LEVELS))
+            raise SettingError("log_level", self.log_level, f"one of {words}")
         for name in ("user", "group"):
             check_account(name, getattr(self, name))
 

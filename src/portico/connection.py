@@ -60,6 +60,7 @@ class Connection:
     Args:
         request: Its socket, as it was accepted.
         client_address: Its address, as accept(2) told it.
+        accepted: When, by `time.monotonic`; by default, now.
     """
 
     thread: int | None = None
@@ -100,12 +101,13 @@ class Connection:
     is_held: bool = False
     """Whether its socket is being used from another thread, and must not be closed."""
 
-    def __init__(self, request: Any, client_address: ClientAddress) -> None:
+    def __init__(
+        self, request: Any, client_address: ClientAddress, accepted: float | None = None
+    ) -> None:
         self.held = request
         """The request, or a `Hold` on it."""
         self.client_address = client_address
-        self.accepted = monotonic()
-        """When, by `time.monotonic`."""
+        self.accepted = monotonic() if accepted is None else accepted
 
     @property
     def request(self) -> Any:

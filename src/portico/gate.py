@@ -2,6 +2,9 @@
 
 Owns the lock around an `Admission`, and how an acceptor that waits for room learns of it.  Leaves
 deciding to `portico.admission`; what is done with one who may not come in, to the server.
+
+A connection that ends takes no lock: it is noted, and its place is taken back by who asks for one
+next, or at once if somebody waits.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from portico.admission import Admission, AdmissionRules
 from portico.errors import SettingError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from portico.events import RefusalReason
 
 
@@ -61,23 +66,30 @@ class Gate:
     ) -> None:
         self.when_full = when_full
         self.knows_proxies = not counts_peers
-        self.lock = Lock()
-        """Guards all that follows; for who does here what `admit` does."""
+        self._lock = Lock()  # guards all that follows, except what is put into _left
         self.places = Admission(rules if counts_peers else _of_places(rules))
         self._peers = None if counts_peers else Admission(_of_peers(rules))
         self._room: Room | None = None  # made when somebody waits for it first
         self._is_awaited = False
-        self._lost: deque[tuple[Any, Any]] = deque()  # whose places are to be taken back
+        self._left: deque[tuple[Any, Any]] = deque()  # whose places are to be taken back
 
     @property
     def active(self) -> int:
         """Connections that have a place."""
+        self._settle()
         return self.places.active
 
     @property
     def is_full(self) -> bool:
         """Whether every place is taken."""
+        self._settle()
         return self.places.is_full
+
+    @property
+    def room(self) -> int:
+        """Places that are free."""
+        self._settle()
+        return self.places.limit - self.places.active
 
     def admit(self, client_address: Any, now: float) -> RefusalReason | None:
         """Give a connection a place, or say why it gets none.
@@ -86,15 +98,25 @@ class Gate:
             client_address: What accept(2) told.
             now: The instant, by `time.monotonic`.
         """
-        lock = self.lock
-        lock.acquire()  # each connection comes by twice, and ``with`` costs twice as much
-        try:
+        with self._lock:
+            self._take_back()
             refusal = self.places.decide(client_address, now)
-        finally:
-            lock.release()
-        if self._lost:
-            self._settle()
+        self._settle()
         return refusal
+
+    def admit_all(self, client_addresses: Iterable[Any], now: float) -> list[RefusalReason | None]:
+        """Do for several connections what `admit` does for one.
+
+        Args:
+            client_addresses: What accept(2) told of each.
+            now: The instant, by `time.monotonic`.
+        """
+        decide = self.places.decide
+        with self._lock:
+            self._take_back()
+            refusals = [decide(client_address, now) for client_address in client_addresses]
+        self._settle()
+        return refusals
 
     def admit_peer(self, peer: Any, now: float) -> RefusalReason | None:
         """Admit whom a proxy speaks for, or say why not; only if it `knows_proxies`.
@@ -104,10 +126,10 @@ class Gate:
             now: The instant, by `time.monotonic`.
         """
         assert self._peers is not None
-        with self.lock:
+        with self._lock:
+            self._take_back()
             refusal = self._peers.decide(peer, now)
-        if self._lost:
-            self._settle()
+        self._settle()
         return refusal
 
     def take_over(self, client_address: Any, peer: Any = None) -> None:
@@ -117,58 +139,44 @@ class Gate:
             client_address: What accept(2) told.
             peer: For whom a proxy speaks, if that is counted.
         """
-        with self.lock:
+        with self._lock:
             self.places.take_over(client_address)
             if peer is not None and self._peers is not None:
                 self._peers.take_over(peer)
-
-    def leave(self, client_address: Any) -> None:
-        """Take the place of an admitted connection back."""
-        lock = self.lock
-        lock.acquire()  # as above
-        try:
-            self.places.leave(client_address)
-            if self._is_awaited:
-                self._tell_room()
-        finally:
-            lock.release()
-        if self._lost:
-            self._settle()
-
-    def leave_peer(self, peer: Any) -> None:
-        """Note that a connection has ended whose peer `admit_peer` has admitted."""
-        assert self._peers is not None
-        with self.lock:
-            self._peers.leave(peer)
-        if self._lost:
-            self._settle()
-
-    def lose(self, client_address: Any, peer: Any = None) -> None:
-        """Take the place of a connection back that the garbage collector has found.
-
-        The collector may interrupt a thread that is in here: that one does it then, when it is
-        about to go.
-
-        Args:
-            client_address: As for `leave`.
-            peer: As for `leave_peer`; ``None`` if there is none to leave.
-        """
-        self._lost.append((client_address, peer))
         self._settle()
 
+    def leave(self, client_address: Any, peer: Any = None) -> None:
+        """Take the place of an admitted connection back.
+
+        Never waits, so the garbage collector may call it in the middle of whatever is done here:
+        who holds the lock then sees to it before it goes.
+
+        Args:
+            client_address: What accept(2) told.
+            peer: Whom `admit_peer` has admitted for it; ``None`` if nobody.
+        """
+        self._left.append((client_address, peer))
+        if self._is_awaited:
+            self._settle()
+
     def _settle(self) -> None:
-        """Take the places back of those that were lost, unless somebody else is about to."""
-        while self._lost and self.lock.acquire(blocking=False):
+        """Take the places back of those that have left, unless somebody else is about to."""
+        while self._left and self._lock.acquire(blocking=False):
             try:
-                while self._lost:
-                    client_address, peer = self._lost.popleft()
-                    self.places.leave(client_address)
-                    if self._is_awaited:
-                        self._tell_room()
-                    if peer is not None and self._peers is not None:
-                        self._peers.leave(peer)
+                self._take_back()
             finally:
-                self.lock.release()
+                self._lock.release()
+
+    def _take_back(self) -> None:
+        """Take the places back of those that have left; with the lock."""
+        left = self._left
+        while left:
+            client_address, peer = left.popleft()
+            self.places.leave(client_address)
+            if peer is not None and self._peers is not None:
+                self._peers.leave(peer)
+            if self._is_awaited:
+                self._tell_room()
 
     def _tell_room(self) -> None:
         """Tell who waits that there is room; with the lock."""
@@ -183,15 +191,15 @@ class Gate:
             OSError: There is none, and the system has no descriptor left to wait for it.
         """
         room = None
-        with self.lock:
+        with self._lock:
+            self._take_back()
             if self.places.is_full:
                 if self._room is None:
                     self._room = Room()
                 self._room.clear()
                 self._is_awaited = True
                 room = self._room.fileno()
-        if self._lost:
-            self._settle()
+        self._settle()  # who has left since did not see that it is waited for
         return room
 
     def close(self) -> bool:
@@ -202,7 +210,7 @@ class Gate:
         Returns:
             Whether there were any.
         """
-        with self.lock:
+        with self._lock:
             self._is_awaited = False
             room, self._room = self._room, None
         if room is None:

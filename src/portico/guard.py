@@ -261,7 +261,7 @@ class Guard:
             self.drain.note_lost(connection)
         gate: Gate | None = vars(connection).pop("gate", None)
         if gate is not None:
-            gate.lose(connection.client_address, connection.peer)
+            gate.leave(connection.client_address, connection.peer)
 
     def hand_to_child(self, process: int, request: Request) -> None:
         """Keep the place of a connection until the child ends that serves it."""
@@ -287,9 +287,7 @@ class Guard:
         gate = connection.gate
         if gate is not None:
             connection.gate = None
-            gate.leave(connection.client_address)
-            if gate.knows_proxies and connection.peer is not None:
-                gate.leave_peer(connection.peer)
+            gate.leave(connection.client_address, connection.peer)
 
     @property
     def open(self) -> int:

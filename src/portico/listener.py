@@ -164,9 +164,10 @@ def open_listener(
         ListenerError: The system refuses; the message says why, and what would help.
     """
     if isinstance(address, SystemdAddress):
-        address, *others = _passed(address)
+        wanted = address
+        address, *others = _passed(wanted)
         if others:
-            raise ListenerError(f"{address}: systemd passed {1 + len(others)} of this name")
+            raise ListenerError(f"{wanted}: systemd passed {1 + len(others)} sockets of this name")
     if isinstance(address, DescriptorAddress):
         return adopt(address)
     place = resolve(address)

@@ -54,17 +54,17 @@ WAITING: Final = "waiting for a change"
 
 STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
-Files: TypeAlias = Iterable[str | os.PathLike[str]]
+Files: TypeAlias = Callable[[], Iterable[str | os.PathLike[str]]]
 
 
-def run(load: Callable[[], Configuration], files: Files = ()) -> None:
+def run(load: Callable[[], Configuration], files: Files = tuple) -> None:
     """Serve until SIGINT or SIGTERM, in the main thread; anew when a file changes.
 
     Serves in one process, whatever `ProcessSettings.workers` says.
 
     Args:
         load: Reads the configuration; called again for each start.
-        files: What it reads, to be watched as well.
+        files: Says what it has read, to be watched as well.
 
     Raises:
         PorticoError: What was asked cannot be done at the first start, or there is no watching any
@@ -73,7 +73,7 @@ def run(load: Callable[[], Configuration], files: Files = ()) -> None:
     require_watchfiles()
     configuration = load()
     with PidFile(configuration.process.pid_file), ExitStack() as closing:
-        reloader = Reloader(load, [placed(file) for file in files])
+        reloader = Reloader(load, files)
         closing.callback(reloader.close)
         reloader.run(configuration)
 
@@ -83,12 +83,13 @@ class Reloader:
 
     Args:
         load: Reads the configuration.
-        files: What else is watched.
+        files: Says what it has read.
     """
 
-    def __init__(self, load: Callable[[], Configuration], files: Sequence[Path] = ()) -> None:
+    def __init__(self, load: Callable[[], Configuration], files: Files) -> None:
         self._load = load
-        self._files = set(files)
+        self._read = files
+        self._files: set[Path] = set()
         self._shelf = Shelf()
         self._watches: list[Watch] = []
         self._watched: tuple[set[Path], set[Path]] = (set(), set())
@@ -139,6 +140,7 @@ class Reloader:
         privileges.find(configuration.process.user, configuration.process.group)
         self._shelf.arrange(expanded(configuration.services))
         self._folders |= {folder_of(each.target) for each in configuration.services}
+        self._files |= {placed(file) for file in self._read()}
         for each in configuration.services:
             own = each.settings
             named = [path for path in (own.cert, own.key, own.client_ca) if path is not None]

@@ -47,6 +47,25 @@ def test_what_does_not_work_has_status_1(tmp_path: Path) -> None:
     assert "\nok " not in text
 
 
+def test_a_file_of_several_services_is_looked_at_whole(tmp_path: Path) -> None:
+    (tmp_path / "portico.toml").write_text(
+        f"""
+workers = 2
+[services.one]
+target = "{HANDLER}"
+addresses = "tcp://127.0.0.1:0"
+[services.two]
+target = "{HANDLER}"
+addresses = "unix:{tmp_path}/two.sock"
+backlog = 2000000000
+"""
+    )
+    _, text = run("--config", str(tmp_path / "portico.toml"))
+    assert "ok    backlog: one: 1024" in text
+    assert "warn  backlog: two: 2000000000 asked for" in text
+    assert f"ok    address: unix:{tmp_path}/two.sock can be had" in text
+
+
 def test_a_trial_names_the_line_that_blocks(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\ndef handle(request, address, server):\n"
@@ -65,10 +84,10 @@ def test_a_trial_names_the_line_that_blocks(tmp_path: Path) -> None:
     [
         ([HANDLER, "tcp:/x"], "portico: error: address='tcp:/x': expected"),
         ([HANDLER, "tcp://:0", "--workers", "no"], "workers='no'"),
-        ([HANDLER, "tcp://:0", "--max-connections", "no"], "max_connections='no'"),
         ([HANDLER, "tcp://:0", "--trial", "0"], "0.0 is not in the range"),
         ([HANDLER, "tcp://:0", "--say", "\\", "--trial", "1"], "after a backslash"),
         ([HANDLER], "Missing argument"),
+        (["--config", "no.toml"], "no.toml"),
     ],
 )
 def test_wrong_usage_has_status_2(arguments: list[str], expected: str) -> None:

@@ -140,7 +140,8 @@ class Doorkeeper(RuleBasedStateMachine):
         assert self.admission.is_full == (len(self.inside) == self.settings.max_connections)
         peers = Counter(counted_as(peer) for peer in self.inside if address_of(peer) is not None)
         counts = peers.values() if self.settings.max_connections_per_peer else []
-        assert sorted(self.admission._of_peer.values()) == sorted(counts)
+        counted = [count.open for count in self.admission._counts.values() if count.open]
+        assert sorted(counted) == sorted(counts)
         assert max(counts, default=0) <= (
             self.settings.max_connections_per_peer or len(self.inside)
         )

@@ -11,13 +11,10 @@ from typing import Any, Final
 
 import click
 
-from portico import address, doctor, target
-from portico.configuration import Configuration, ProcessSettings, ServiceSettings
+from portico import doctor, options
 from portico.doctor.findings import Finding, Severity
 from portico.doctor.trial import TrialRequest
-from portico.engines import ENGINES
 from portico.errors import PorticoError
-from portico.settings import Settings
 
 NAMES: Final = {Severity.OK: "fine", Severity.WARN: "to mend soon", Severity.FAIL: "to mend"}
 
@@ -36,15 +33,7 @@ class Refused(click.UsageError):
 
 
 @click.command()
-@click.argument("target_name", metavar="TARGET")
-@click.argument("address_texts", metavar="ADDRESS...", nargs=-1, required=True)
-@click.option("--engine", type=click.Choice(list(ENGINES)), default="threads", show_default=True)
-@click.option("--workers", metavar="N", help="Worker processes, or auto.")
-@click.option("--max-connections", metavar="N", help="Connections at once, or none.")
-@click.option("--backlog", type=click.IntRange(min=1), metavar="N", help="Connections in waiting.")
-@click.option("--cert", metavar="FILE", help="Certificate of tls:// addresses.")
-@click.option("--key", metavar="FILE", help="Its key, if it is in another file.")
-@click.option("--client-ca", metavar="FILE", help="Authorities of client certificates.")
+@options.configured
 @click.option(
     "--trial",
     type=click.FloatRange(min=0.1, max=LONGEST_TRIAL),
@@ -59,22 +48,14 @@ class Refused(click.UsageError):
     "Python.",
 )
 @click.option("--quiet", is_flag=True, help="Leave out what is fine.")
-def command(
-    target_name: str,
-    address_texts: tuple[str, ...],
-    *,
-    trial: float | None,
-    say: str,
-    quiet: bool,
-    **options: Any,
-) -> int:
-    """Look whether this machine allows what a service is to do.
+def command(*, trial: float | None, say: str, quiet: bool, **given: Any) -> int:
+    """Look whether this machine allows what portico serve would do.
 
-    TARGET and ADDRESS are those of portico serve. The target is imported; nothing is changed.
-    Exits with 0, or with 1 if something does not work.
+    What a file says, or TARGET at each ADDRESS, as for portico serve.  The targets are imported;
+    nothing is changed.  Exits with 0, or with 1 if something does not work.
     """
     try:
-        configuration = _configured(target_name, address_texts, options)
+        configuration = options.sources(**given).read().configuration
     except PorticoError as error:
         raise Refused(str(error)) from error
     request = None if trial is None else TrialRequest(trial, spoken(say))
@@ -119,36 +100,3 @@ def spoken(text: str) -> bytes:
         raise Refused(
             f"--say {text!r}: expected \\n, \\r, \\t or \\xHH after a backslash"
         ) from None
-
-
-def _configured(
-    target_name: str, address_texts: Iterable[str], options: dict[str, Any]
-) -> Configuration:
-    """Make a configuration of what the command line says.
-
-    Raises:
-        PorticoError: Something of it cannot be read.
-    """
-    target.read(target_name)
-    workers = options.pop("workers")
-    values = {name: value for name, value in options.items() if value is not None}
-    if "max_connections" in values:
-        values["max_connections"] = _limit(values["max_connections"])
-    return Configuration(
-        process=ProcessSettings(workers=_limit(workers) if workers is not None else None),
-        services=(
-            ServiceSettings(
-                name="portico",
-                target=target_name,
-                addresses=tuple(address.parse(text) for text in address_texts),
-                settings=Settings.read(values),
-            ),
-        ),
-    )
-
-
-def _limit(text: str) -> Any:
-    """Read a number, ``auto`` or ``none``; anything else is left for the settings to refuse."""
-    if text == "none":
-        return None
-    return int(text) if text.isascii() and text.isdecimal() else text

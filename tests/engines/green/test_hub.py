@@ -6,6 +6,7 @@ import selectors
 import signal
 import socket
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -347,8 +348,9 @@ def test_a_greenlet_that_forks_goes_on_in_the_child_with_sockets_that_block(stag
     other, peer_of_other = stage.pair()
 
     def fork() -> int:
-        peer.send(b"1")
-        assert ours.recv(1) == b"1"
+        for _ in range(3):  # the short way of waiting, too
+            stage.hub.call_soon(peer.send, b"1")
+            assert ours.recv(1) == b"1"
         child = os.fork()
         if child == 0:
             status = 1
@@ -370,6 +372,43 @@ def test_a_greenlet_that_forks_goes_on_in_the_child_with_sockets_that_block(stag
     peer.send(b"!")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert peer_of_other.recv(8) == b"OTHER"
+
+
+def test_greenlets_and_asyncio_have_their_turns_in_one_batch(stage: Stage) -> None:
+    """Each message that is there at once is passed on once, whoever waits for it."""
+    pairs = [stage.pair() for _ in range(9)]
+    ours, peers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    rounds = 5
+    watched, bell = socket.socketpair()
+    watched.setblocking(False)
+    seen: list[bytes] = []
+    stage.hub.add_reader(watched, lambda: seen.append(watched.recv(1)))
+
+    def send_all() -> None:
+        for peer in peers[:4]:
+            peer.send(b"x")
+        bell.send(b"x")
+        for peer in peers[4:]:
+            peer.send(b"x")
+
+    def read(number: int) -> list[bytes]:
+        received = []
+        for turn in range(rounds):
+            if number == 0:
+                stage.hub.call_later(0.01, send_all)
+            if number % 4 == 3:
+                ours[number].settimeout(PATIENCE if turn % 2 else None)
+            received.append(ours[number].recv(10))
+        return received
+
+    try:
+        results = stage.run(*(partial(read, number) for number in range(len(pairs))))
+    finally:
+        stage.hub.remove_reader(watched)
+        watched.close()
+        bell.close()
+    assert b"".join(b"".join(each) for each in results) == b"x" * rounds * len(pairs)
+    assert len(seen) >= rounds - 1  # the last may come after the last greenlet has ended
 
 
 def test_a_closed_hub_takes_no_more_calls_and_says_nothing(hub: Hub) -> None:

@@ -201,6 +201,65 @@ def test_an_event_that_somebody_listens_to_is_told(
         end()
 
 
+class Made(portico.BaseRequestHandler):
+    """What is made of it, by whatever makes it, answers with its name."""
+
+    name = b"init"
+
+    def handle(self) -> None:
+        self.request.sendall(self.name)
+
+
+class MadeByNew(Made):
+    def __new__(cls, *arguments: Any) -> Any:
+        made = super().__new__(cls)
+        made.name = b"new"
+        return made
+
+
+class Meta(type):
+    def __call__(cls: Any, *arguments: Any) -> Any:
+        made = object.__new__(cls)
+        made.name = b"call"
+        made.__init__(*arguments)
+        return made
+
+
+class MadeByCall(Made, metaclass=Meta):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("handler", "answer"),
+    [
+        (Made, b"init"),
+        (MadeByNew, b"new"),
+        (MadeByCall, b"call"),
+        (lambda request, *_: request.sendall(b"function"), b"function"),
+    ],
+)
+def test_a_handler_is_made_as_its_class_wants_it(
+    handler: Any, answer: bytes, taken: list[bool]
+) -> None:
+    with serving(portico.GreenTCPServer, handler) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(10) == answer
+    assert True in taken
+
+
+@pytest.mark.parametrize("kind", [portico.GreenTCPServer, portico.TCPServer])
+def test_a_constructor_that_returns_something_fails(
+    kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong(portico.BaseRequestHandler):
+        __init__: Any = lambda self, *arguments: b"something"
+
+    with serving(kind, Wrong) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(10) == b""
+    assert "TypeError: " in capsys.readouterr().err
+
+
 def test_a_handler_that_raises_is_reported_and_its_request_is_closed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -122,6 +122,50 @@ class TestReading:
         received, _ = stage.run(lambda: [bytes(read(ours)) for _ in range(5)], send)
         assert received == [b"0", b"1", b"2", b"3", b"4"]
 
+    @pytest.mark.parametrize(
+        "size", [1, watch.SMALL - 1, watch.SMALL, watch.SMALL + 1, 4 * watch.SMALL, 60_000]
+    )
+    def test_a_read_brings_all_that_is_there(self, stage: Stage, size: int) -> None:
+        """Although it asks for little first; and the next one waits if that was all."""
+        ours, peer = stage.pair()
+        sent = os.urandom(size)
+
+        def receive() -> list[bytes]:
+            peer.sendall(sent)
+            stage.hub.sleep(SOON)
+            whole = ours.recv(65536)
+            return [whole, ours.recv(65536)]
+
+        def send() -> None:
+            stage.hub.sleep(5 * SOON)
+            peer.sendall(b"next")
+
+        assert stage.run(receive, send)[0] == [sent, b"next"]
+
+    def test_a_read_leaves_what_was_not_asked_for(self, stage: Stage) -> None:
+        ours, peer = stage.pair()
+
+        def receive() -> list[bytes]:
+            peer.sendall(b"a" * watch.SMALL + b"b" * watch.SMALL)
+            stage.hub.sleep(SOON)
+            return [ours.recv(watch.SMALL + 1), ours.recv(65536)]
+
+        first, rest = stage.run(receive)[0]
+        assert first == b"a" * watch.SMALL + b"b"
+        assert rest == b"b" * (watch.SMALL - 1)
+
+    @pytest.mark.parametrize("size", [watch.SMALL, watch.SMALL + 1])
+    def test_an_end_behind_a_full_read_is_seen_by_the_next(self, stage: Stage, size: int) -> None:
+        ours, peer = stage.pair()
+
+        def receive() -> list[bytes]:
+            peer.sendall(b"x" * size)
+            peer.close()
+            stage.hub.sleep(SOON)
+            return [ours.recv(65536), ours.recv(65536), ours.recv(65536)]
+
+        assert stage.run(receive) == [[b"x" * size, b"", b""]]
+
     @reads
     def test_the_end_of_a_stream_is_seen_even_if_it_came_with_the_last_bytes(
         self, stage: Stage, read: Callable[[GreenSocket], Any]

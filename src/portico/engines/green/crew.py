@@ -64,6 +64,7 @@ class Worker(greenlet):
     ) -> None:
         """Serve requests until the crew has no use for another worker."""
         crew, hub = self.crew, self.crew.hub
+        new: Any = object.__new__
         server, requests = crew.server, crew.requests
         while True:
             served = 0
@@ -74,7 +75,14 @@ class Worker(greenlet):
                         server.process_request_thread(request, client_address)
                     else:  # what the hooks that nobody has touched would do, see `plain`
                         try:
-                            server.RequestHandlerClass(request, client_address, server)
+                            kind: Any = (callee := server.RequestHandlerClass)
+                            if crew.closes_plainly and type(callee) is type and kind.__new__ is new:
+                                # What a call of it does, without its part of the stack, which is
+                                # copied at every switch, and kept while the handler waits.
+                                if kind.__init__(new(kind), request, client_address, server):
+                                    raise TypeError(f"{kind.__name__}.__init__() returned a value")
+                            else:
+                                kind(request, client_address, server)
                         except BaseException as error:
                             server._fail(request, client_address, error, None)
                             if not isinstance(error, Exception):

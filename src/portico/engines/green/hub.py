@@ -4,8 +4,9 @@ A `Hub` is an asyncio event loop whose selector resumes greenlets (see `Poller`)
 greenlet that runs the loop, to which every waiting greenlet switches, and the list of sockets with
 bytes that have not left yet.  Timers, signals, tasks and `add_reader` are plain asyncio.
 
-Greenlets are started and resumed by the loop's own greenlet, never by one another: whoever waits
-switches to ``hub.greenlet`` and is found again through a watch, a timer or `Hub.run_soon`.
+Greenlets are started by the loop's own greenlet: whoever waits switches to ``hub.greenlet`` and is
+found again through a watch, a timer or `Hub.run_soon`.  One that waits for a message may resume the
+next whose message has come (`Poller.pass_on`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import socket
 from operator import attrgetter
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import Connection
@@ -25,8 +26,11 @@ from portico.server import BaseServer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from portico.connection import ClientAddress
     from portico.engines.green.acceptor import GreenAcceptor
     from portico.engines.green.crew import Crew
+    from portico.engines.green.sockets import GreenSocket
+    from portico.gate import Gate
 
 OF_EVERY_SERVER: Final = {
     name: getattr(TCPServer, name)
@@ -107,37 +111,46 @@ class PlainPath:
 
     def _take_connections(self, acceptor: GreenAcceptor, most: int) -> bool:
         """Accept connections."""
-        lineage, guard = self._crew.lineage, self._server._guard
+        lineage, guard, gate = self._crew.lineage, self._server._guard, self._server._guard.gate
         assert lineage is not None
-        accept, requests = lineage.accept, self._crew.requests
-        by_request, gate = guard.connections.by_request, guard.gate
-        before = len(requests)
-        if gate is not None:
-            # What to do when all are taken is for the step; nobody else admits meanwhile.
-            most = min(most, gate.places.limit - gate.places.active)
+        accept = lineage.accept
+        if gate is not None:  # what to do when all places are taken is for the step
+            most = min(most, gate.room)
+        taken: list[tuple[GreenSocket, ClientAddress]] = []
         try:
             for _ in range(most):
-                request, client_address = accept()
-                connection = Connection(request, client_address)
-                if gate is not None:
-                    gate.lock.acquire()
-                    try:
-                        refusal = gate.places.decide(client_address, connection.accepted)
-                    finally:
-                        gate.lock.release()
-                    if refusal is not None:
-                        self._server._refuse(request, client_address, refusal)
-                        continue
-                    connection.gate = gate
-                by_request[id(request)] = connection
-                requests.append((request, client_address, True))
+                taken.append(accept())
                 if acceptor.is_woken:
                     break
         except OSError:  # most often that there are no more; what it was, the next step will tell
             pass
+        now = monotonic()
+        if gate is not None and taken:
+            taken = self._admitted(gate, taken, now)
+        by_request, requests = guard.connections.by_request, self._crew.requests
+        for request, client_address in taken:
+            by_request[id(request)] = connection = Connection(request, client_address, now)
+            if gate is not None:
+                connection.gate = gate
+            requests.append((request, client_address, True))
         if guard.keeper is not None and guard.keeper.is_asleep:
             guard.keeper.wake()
-        return self._schedule(len(requests) - before)
+        return self._schedule(len(taken))
+
+    def _admitted(
+        self, gate: Gate, taken: list[tuple[GreenSocket, ClientAddress]], now: float
+    ) -> list[tuple[GreenSocket, ClientAddress]]:
+        """Return those that may come in, and end the others."""
+        refusals = gate.admit_all([client_address for _, client_address in taken], now)
+        if not any(refusals):
+            return taken
+        admitted = []
+        for (request, client_address), refusal in zip(taken, refusals, strict=True):
+            if refusal is None:
+                admitted.append((request, client_address))
+            else:
+                self._server._refuse(request, client_address, refusal)
+        return admitted
 
     def _take_datagrams(self, acceptor: GreenAcceptor, most: int) -> bool:
         """Receive datagrams: a whole batch, because to ask in between would cost a fortieth."""

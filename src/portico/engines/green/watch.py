@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import select
 from math import inf
+from sys import maxsize
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -29,6 +30,15 @@ CREDIT: Final = 2
 
 Few, because nobody knows what a handler does between two of them: a buffer of lines of two bytes is
 a thousand lines.  A question and its answer are fewer, so only who is busy pays for the look.
+"""
+
+SMALL: Final = 479
+"""Bytes that the first reads of a stream ask for: what Python's own allocator has room for.
+
+Larger objects than 512 bytes, 33 of them for the head, are the system's allocator's.  A stream that
+has brought as much is asked for all that the handler wants from then on.
+
+Source: the documentation of Python's C interface, "The pymalloc allocator".
 """
 
 SLICE: Final = 0.001
@@ -60,6 +70,7 @@ class Watch:
         "credit",
         "crowd",
         "fd",
+        "guess",
         "hub",
         "is_closed",
         "is_eager",
@@ -89,6 +100,8 @@ class Watch:
         # False only if a read now would find nothing; the next edge says when that is over.
         self.is_eager = is_eager
         # Whether a short read says nothing about the next one.
+        self.guess = maxsize if is_eager else SMALL
+        # Bytes that a read asks for first.
         self.is_watching_writes = False
         self.is_closed = False
         self.credit = CREDIT
