@@ -66,6 +66,13 @@ backlog = 2000000000
     assert f"ok    address: unix:{tmp_path}/two.sock can be had" in text
 
 
+def test_a_user_that_is_not_there_fails_and_nothing_is_imported() -> None:
+    status, text = run(HANDLER, "tcp://127.0.0.1:0", "--user", "no-such-user")
+    assert status == 1
+    assert "fail  account: " in text
+    assert "target: " not in text
+
+
 def test_a_trial_names_the_line_that_blocks(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\ndef handle(request, address, server):\n"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from portico.configuration import ProcessSettings
 from portico.doctor import capacity, network
 from portico.doctor.facts import Ceiling, Facts
 from portico.doctor.findings import Severity
-from portico.doctor.machine import read_kernel, read_limits, read_packages
+from portico.doctor.machine import read_account, read_kernel, read_limits, read_packages
 from tests.doctor.test_rules import configured, only
 from tests.support import PATIENCE, in_child
 
@@ -166,6 +167,16 @@ def test_a_group_with_less_memory_than_the_machine_counts(tmp_path: Path) -> Non
     memory = read_limits(tmp_path).memory
     assert memory is not None
     assert memory.most == 1 << 20
+
+
+def test_whom_the_processes_become_is_looked_for() -> None:
+    missing = read_account(ProcessSettings(user="no-such-user"))
+    assert missing is not None
+    assert "no-such-user" in missing.problem
+    own = read_account(ProcessSettings(user=str(os.getuid())))
+    assert own is not None
+    assert (own.problem, own.uid) == ("", os.getuid())
+    assert read_account(ProcessSettings()) is None
 
 
 def test_packages_are_looked_for_and_not_imported() -> None:

@@ -12,6 +12,7 @@ from portico.address import parse
 from portico.configuration import Configuration, ProcessSettings, ServiceSettings
 from portico.doctor import RULES, judge
 from portico.doctor.facts import (
+    Account,
     Ceiling,
     Certificate,
     Facts,
@@ -338,12 +339,40 @@ def test_a_key_is_for_those_who_serve(mode: int | None, severity: Severity | Non
     assert [each.severity for each in of_papers(key_mode=mode)] == ([severity] if severity else [])
 
 
+@pytest.mark.parametrize(
+    ("uid", "mode", "can"),
+    [
+        (33, 0o600, True),
+        (34, 0o600, False),
+        (35, 0o640, True),
+        (36, 0o640, False),
+        (33, 0o040, False),  # the owner is nobody else
+        (0, 0o600, True),
+    ],
+)
+def test_a_key_can_be_read_by_whom_the_service_becomes(uid: int, mode: int, can: bool) -> None:
+    account = Account(words=f"user {uid}", uid=uid, gid=35 if uid == 35 else 1)
+    papers = replace(PAPERS, key_mode=mode, key_owner=(33, 35))
+    facts = Facts(papers={"echo": papers}, account=account)
+    wrong = [each for each in tls.papers(facts, configured()) if each.severity is not OK]
+    assert [each.found for each in wrong] == (
+        [] if can else [f"user {uid} may not read k.pem (mode {mode:04o})"]
+    )
+
+
 def test_files_that_cannot_be_used_fail() -> None:
     (found,) = of_papers(problem="k.pem: this key does not belong to the certificate")
     assert found.severity is FAIL
 
 
 # ----------------------------------------------------------------------------------------- program
+
+
+def test_whom_the_processes_become_is_there() -> None:
+    missing = Facts(account=Account(words="nobody-here", problem="there is no such user"))
+    assert said(program.account, missing, configured()) == [FAIL]
+    assert said(program.account, Facts(account=Account(words="user www")), configured()) == [OK]
+    assert said(program.account, Facts(), configured()) == []
 
 
 def test_a_target_that_cannot_be_imported_fails() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from portico.doctor.facts import TargetFacts, Trial
+from portico.doctor.facts import Account, TargetFacts, Trial
 from portico.doctor.trial import TrialRequest, examine
 
 
@@ -57,6 +59,18 @@ def test_a_syntax_error_is_told_with_its_line(folder: Path) -> None:
 
 def test_a_handler_for_other_requests_is_a_problem(folder: Path) -> None:
     assert "it handles streams" in look(folder, ECHO, scheme="udp").problem
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_a_target_is_imported_as_whom_it_is_to_be() -> None:
+    """From a folder that everybody can read: those of a test are its user's alone."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        source = "import os\nraise LookupError(os.getuid(), os.getgid(), os.getgroups())\n"
+        (Path(name) / "service.py").write_text(source)
+        account = Account(uid=65_533, gid=65_532, groups=frozenset({7}))
+        found = examine(f"{name}/service.py:Handler", ["tcp"], account=account)
+    assert "LookupError: (65533, 65532, [7])" in found.problem
 
 
 def test_threads_that_an_import_starts_are_named(folder: Path) -> None:

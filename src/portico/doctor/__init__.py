@@ -11,7 +11,7 @@ from typing import Final
 
 from portico.configuration import Configuration
 from portico.doctor import machine, papers, places, trial
-from portico.doctor.facts import Facts, TargetFacts
+from portico.doctor.facts import Account, Facts, TargetFacts
 from portico.doctor.findings import Finding
 from portico.doctor.rules import Rule, capacity, network, program, tls
 from portico.doctor.trial import TrialRequest
@@ -37,10 +37,12 @@ def examine(configuration: Configuration, request: TrialRequest | None = None) -
 
 def collect(configuration: Configuration, request: TrialRequest | None = None) -> Facts:
     """Read all facts; takes as long as importing the targets, and the trial, if there is one."""
+    account = machine.read_account(configuration.process)
     found = {each.name: papers.read_papers(each.settings) for each in configuration.services}
     return Facts(
         kernel=machine.read_kernel(),
         limits=machine.read_limits(),
+        account=account,
         papers={name: own for name, own in found.items() if own is not None},
         places=tuple(
             places.look_at(address)
@@ -48,7 +50,7 @@ def collect(configuration: Configuration, request: TrialRequest | None = None) -
             for address in service.addresses
             if places.is_known(address)
         ),
-        targets=_targets(configuration, request),
+        targets=_targets(configuration, request, account),
         packages=machine.read_packages(),
     )
 
@@ -59,9 +61,16 @@ def judge(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
         yield from rule(facts, configuration)
 
 
-def _targets(configuration: Configuration, request: TrialRequest | None) -> dict[str, TargetFacts]:
+def _targets(
+    configuration: Configuration, request: TrialRequest | None, account: Account | None
+) -> dict[str, TargetFacts]:
+    """Have the targets imported, as whom they would be; not at all if that cannot be."""
+    if account is not None and account.problem:
+        return {}
     schemes: dict[str, list[str]] = {}
     for service in configuration.services:
         own = schemes.setdefault(service.target, [])
         own += [str(address.scheme) for address in service.addresses if places.is_known(address)]
-    return {name: trial.examine(name, own, request) for name, own in schemes.items()}
+    return {
+        name: trial.examine(name, own, request, account=account) for name, own in schemes.items()
+    }

@@ -87,6 +87,25 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Account:
+    """Whom the processes become, once the listeners are open.
+
+    Attributes:
+        words: Who that is, as it was asked for.
+        problem: Why they cannot; empty if they can.
+        uid: The number of the user.
+        gid: The number of the group.
+        groups: The other groups of the user.
+    """
+
+    words: str = ""
+    problem: str = ""
+    uid: int = 0
+    gid: int = 0
+    groups: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """One certificate of a chain.
 
@@ -114,6 +133,7 @@ class Papers:
         key: The file of its key.
         problem: Why they cannot be used; empty if they can.
         key_mode: The permission bits of the key's file.
+        key_owner: The numbers of its user and its group.
         chain: The certificates in the file, in its order; empty if they could not be read.
         authorities: Those that clients' certificates have to come from.
         moment: When this was looked at, in seconds since 1970.
@@ -124,6 +144,7 @@ class Papers:
     moment: float
     problem: str = ""
     key_mode: int | None = None
+    key_owner: tuple[int, int] | None = None
     chain: tuple[Certificate, ...] = ()
     authorities: tuple[Certificate, ...] = ()
 
@@ -203,6 +224,7 @@ class Facts:
     Attributes:
         kernel: The system's settings.
         limits: What this process may have.
+        account: Whom it becomes; ``None`` if it stays who it is.
         papers: For each service that has a certificate, by its name.
         places: For each address, in the order of the services.
         targets: By the target.
@@ -211,6 +233,7 @@ class Facts:
 
     kernel: Kernel = field(default_factory=Kernel)
     limits: Limits = field(default_factory=Limits)
+    account: Account | None = None
     papers: Mapping[str, Papers] = field(default_factory=dict[str, Papers])
     places: tuple[PlaceFacts, ...] = ()
     targets: Mapping[str, TargetFacts] = field(default_factory=dict[str, TargetFacts])

@@ -20,8 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from portico import privileges
+from portico.configuration import ProcessSettings
 from portico.doctor.cgroups import Groups
-from portico.doctor.facts import Ceiling, Kernel, Limits
+from portico.doctor.facts import Account, Ceiling, Kernel, Limits
+from portico.errors import PorticoError
 
 PACKAGES: Final = ("greenlet", "watchfiles")
 """What portico can use, by the name that is imported."""
@@ -76,6 +79,18 @@ def read_limits(root: Path = Path("/")) -> Limits:
         quota=groups.quota(),
         memory=memory,
     )
+
+
+def read_account(process: ProcessSettings) -> Account | None:
+    """Look for the user that the processes become; ``None`` if they stay who they are."""
+    words = ", ".join(map(str, filter(None, (process.user, process.group))))
+    try:
+        identity = privileges.find(process.user, process.group)
+    except PorticoError as error:
+        return Account(words=words, problem=str(error))
+    if identity is None:
+        return None
+    return Account(words=str(identity), uid=identity.uid, gid=identity.gid, groups=identity.groups)
 
 
 def read_packages() -> Mapping[str, bool]:

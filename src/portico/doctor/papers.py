@@ -12,6 +12,7 @@ Source: X509_VERIFY_PARAM_set_flags(3).
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 import stat
@@ -54,12 +55,14 @@ def read_papers(settings: Settings) -> Papers | None:
             authorities = _authorities(_blocks(fspath(settings.client_ca)))
     except CertificateError as error:
         problem = str(error)
+    status = _status(key)
     return Papers(
         certificate=certificate,
         key=key,
         moment=time.time(),
         problem=problem,
-        key_mode=_mode(key),
+        key_mode=None if status is None else stat.S_IMODE(status.st_mode),
+        key_owner=None if status is None else (status.st_uid, status.st_gid),
         chain=chain,
         authorities=authorities,
     )
@@ -72,9 +75,9 @@ def _blocks(path: str) -> list[bytes]:
     return [ssl.PEM_cert_to_DER_cert(block) for block in _BLOCK.findall(text)]
 
 
-def _mode(path: str) -> int | None:
+def _status(path: str) -> os.stat_result | None:
     with suppress(OSError):
-        return stat.S_IMODE(Path(path).stat().st_mode)
+        return Path(path).stat()
     return None
 
 

@@ -1,8 +1,8 @@
 """Import a target, and serve it for a moment, in a process that can be ended whatever it does.
 
-``python -m portico.doctor.probe DESCRIPTOR SERVE TARGET SCHEME...`` writes lines of JSON to the
-descriptor, so that what the target prints does not come in between; `portico.doctor.trial` starts
-it, and reads them.
+``python -m portico.doctor.probe DESCRIPTOR WORDS`` is told in JSON what to do, and writes lines of
+JSON to the descriptor, so that what the target prints does not come in between;
+`portico.doctor.trial` starts it, and reads them.
 
 Sources: signal(7) (SIGTERM stops it, as it does a service).
 """
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from portico import target
+from portico import privileges, target
 from portico.address import Scheme, parse
 from portico.errors import PorticoError
 from portico.events import Event, HandlerFailed, HandlerStalled, subscribe
@@ -31,10 +31,15 @@ Tell = Callable[[dict[str, Any]], None]
 
 def main(arguments: Sequence[str]) -> None:
     """Do what the command line says, and tell what comes of it."""
-    descriptor, serve, name, *schemes = arguments
+    descriptor, told = arguments
+    words: dict[str, Any] = json.loads(told)
+    name, schemes = words["target"], words["schemes"]
     tell = _teller(int(descriptor))
     before = set(threading.enumerate())
     try:
+        if "account" in words:  # as a service does: before anything of the target's runs
+            uid, gid, groups, asked = words["account"]
+            privileges.drop(privileges.Identity(uid, gid, frozenset(groups), asked))
         handler = target.load(name)
         for scheme in schemes:
             target.check_scheme(name, handler, Scheme(scheme))
@@ -43,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     started = [thread.name for thread in threading.enumerate() if thread not in before]
     tell({"threads": started})
-    if serve == "yes":
+    if words["serve"]:
         try:
             _serve(handler, any(Scheme(each).is_datagram for each in schemes), tell)
         except (PorticoError, OSError) as error:

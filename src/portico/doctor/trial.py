@@ -14,13 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from portico.address import InternetAddress, parse
-from portico.doctor.facts import Stall, TargetFacts, Trial
+from portico.doctor.facts import Account, Stall, TargetFacts, Trial
 
 IMPORT_PATIENCE: Final = 30.0
 """Seconds that importing a target may take; half of what a worker may take to start."""
@@ -56,6 +56,7 @@ def examine(
     schemes: Iterable[str],
     request: TrialRequest | None = None,
     *,
+    account: Account | None = None,
     import_patience: float = IMPORT_PATIENCE,
 ) -> TargetFacts:
     """Say what importing a target does, and serving it.
@@ -64,9 +65,12 @@ def examine(
         target: Its name.
         schemes: Those of the addresses that it is to serve, as far as they are known.
         request: How it is to be tried; ``None`` to import it alone.
+        account: As whom; ``None`` for who this process is.
         import_patience: Seconds that the import may take.
     """
-    words = ["yes" if request else "no", target, *schemes]
+    words: dict[str, Any] = {"target": target, "schemes": list(schemes), "serve": bool(request)}
+    if account is not None:
+        words["account"] = [account.uid, account.gid, sorted(account.groups), account.words]
     with _probing(words) as reports:
         told = reports.next(time.monotonic() + import_patience)
         if told is None:
@@ -175,13 +179,13 @@ class _Reports:
 
 
 @contextmanager
-def _probing(words: Iterable[str]) -> Generator[_Reports]:
+def _probing(words: Mapping[str, Any]) -> Generator[_Reports]:
     """Run the other process while the block runs."""
     reader, writer = os.pipe()
     try:
         try:
             process = subprocess.Popen(  # noqa: S603  # our own program
-                [sys.executable, "-m", "portico.doctor.probe", str(writer), *words],
+                [sys.executable, "-m", "portico.doctor.probe", str(writer), json.dumps(words)],
                 pass_fds=[writer],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # what the target prints is not what was asked

@@ -15,6 +15,22 @@ EXTRAS: Final = (("watchfiles", "reload", "portico serve --reload"),)
 FORKED: Final = "a child has a copy of every lock, and none of the threads that would release it"
 
 
+def account(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether the processes can become whom they are to be."""
+    found = facts.account
+    if found is None:
+        return
+    if found.problem:
+        yield fail(
+            "account",
+            found.problem,
+            "a user and a group that are there, and root to become them",
+            "make the user (`useradd --system`), or start it as root, or leave user and group out",
+        )
+    else:
+        yield ok("account", f"it becomes {found.words}")
+
+
 def targets(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether each handler can be imported, and what the trial has shown."""
     for service in configuration.services:
@@ -105,4 +121,4 @@ def packages(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
             yield ok("packages", f"{package} (for {use}) {state}")
 
 
-RULES: Final = (targets, forks, packages)
+RULES: Final = (account, targets, forks, packages)

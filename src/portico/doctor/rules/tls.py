@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from portico.configuration import Configuration
-from portico.doctor.facts import Certificate, Facts, Papers
+from portico.doctor.facts import Account, Certificate, Facts, Papers
 from portico.doctor.findings import Finding, fail, ok, warn
 
 NEAR: Final = 14 * 86_400
@@ -42,6 +42,7 @@ def papers(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
         yield from _of_dates(own)
         yield from _of_order(own)
         yield from _of_mode(own)
+        yield from _of_reader(own, facts.account)
 
 
 def _of_dates(own: Papers) -> Iterator[Finding]:
@@ -108,6 +109,28 @@ def _of_mode(own: Papers) -> Iterator[Finding]:
         f"0600, or {NARROW:04o} with a group of its own: who reads the key can be the server",
         f"`chmod 0600 {own.key}`; if others may have read it, a new key",
     )
+
+
+def _of_reader(own: Papers, account: Account | None) -> Iterator[Finding]:
+    """Look whether the key can be read by whom the processes become before they load it."""
+    if account is None or account.problem or own.key_mode is None or own.key_owner is None:
+        return
+    owner, group = own.key_owner
+    if account.uid == 0:
+        return
+    if account.uid == owner:
+        bit = 0o400
+    elif group == account.gid or group in account.groups:
+        bit = 0o040
+    else:
+        bit = 0o004
+    if not own.key_mode & bit:
+        yield fail(
+            "key",
+            f"{account.words} may not read {own.key} (mode {own.key_mode:04o})",
+            "a key that the service can read, and no other",
+            f"`chgrp` it to a group of that user alone, and `chmod {NARROW:04o} {own.key}`",
+        )
 
 
 def _day(moment: float) -> str:
