@@ -70,7 +70,7 @@ def test_a_target_is_imported_as_whom_it_is_to_be() -> None:
         (Path(name) / "service.py").write_text(source)
         account = Account(uid=65_533, gid=65_532, groups=frozenset({7}))
         found = examine(f"{name}/service.py:Handler", ["tcp"], account=account)
-    assert "LookupError: (65533, 65532, [7])" in found.problem
+    assert "LookupError: (65533, 65532, [7, 65532])" in found.problem
 
 
 def test_threads_that_an_import_starts_are_named(folder: Path) -> None:
