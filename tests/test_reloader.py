@@ -242,7 +242,7 @@ def test_a_server_that_dies_is_said_and_waits_for_a_change(edited: Edited) -> No
 
 
 def test_what_is_no_error_of_ours_is_shown_whole(edited: Edited) -> None:
-    edited.write("first", before="import portico.reloader as r\nr.logged = None\n")
+    edited.write("first", before="import portico.edition as e\ne.logged = None\n")
     edited.serve()
     edited.read("Traceback")
     edited.read("ended with status 1; waiting")
@@ -399,6 +399,18 @@ def test_settings_are_read_again_and_listeners_follow(edited: Edited, tmp_path: 
     assert ask(two) == b"first"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(one, PATIENCE)
+
+
+def test_an_address_that_is_in_the_way_of_the_next_gives_it_room(
+    edited: Edited, tmp_path: Path
+) -> None:
+    settings = tmp_path / "addresses"
+    settings.write_text("tcp://127.0.0.1:0")
+    edited.start(["-c", RUN, f"{edited.target}:handle", str(settings)])
+    _, port = edited.ready()
+    settings.write_text(f"tcp://0.0.0.0:{port}")
+    assert edited.ready() == ("0.0.0.0", port)
+    assert ask(("127.0.0.1", port)) == b"first"
 
 
 def test_a_file_of_settings_is_watched(edited: Edited, tmp_path: Path) -> None:

@@ -212,6 +212,15 @@ class Admission:
                 count.open -= 1
         self.active -= 1
 
+    def take_back(self, client_address: Any) -> None:
+        """Undo a decision to admit, as if nobody had asked.
+
+        Args:
+            client_address: The one that `decide` was asked with, just before.
+        """
+        Admission.leave(self, client_address)
+        self._full_at -= self._interval
+
     def _look_at(self, client_address: Any) -> _Verdict:
         """Judge a peer, and remember the verdict of its host."""
         if isinstance(client_address, _UNIX_SHAPES):

@@ -76,6 +76,10 @@ class PhaseError(PorticoError, RuntimeError):
         return f"phase={self.phase!r}: expected {self.expected}, to become {self.wanted!r}"
 
 
+class CountersError(PorticoError, ValueError):
+    """What all workers count together cannot be kept, or cannot be taken over."""
+
+
 class CertificateError(PorticoError, OSError):
     """A certificate, a key or a list of authorities cannot be used.
 

@@ -296,7 +296,10 @@ class UDPServer(TCPServer):
         self.close_request(request)
 
     def close_request(self, request: Request) -> None:
-        """Do nothing: the socket of the request is the listener."""
+        """Close nothing: the socket of the request is the listener."""
+        counter = self._guard.counter
+        if counter is not None:
+            counter.note_datagram(len(request[0]))
 
 
 class UnixStreamServer(TCPServer):

@@ -10,7 +10,7 @@ import os
 from math import inf
 from threading import Lock
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from portico.admission import AdmissionRules
 from portico.connection import Connection, Connections, can_be_tracked
@@ -22,6 +22,8 @@ from portico.timekeeper import Timekeeper
 from portico.traffic import idle_seconds
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from portico.connection import ClientAddress, Request
     from portico.events import RefusalReason
     from portico.lobby import Lobby
@@ -44,6 +46,22 @@ SHED_SHARE: Final = 8
 
 Looking at each for every client that comes would make a flood of clients expensive.
 """
+
+
+class Counting(Protocol):
+    """Who counts the requests of a server.  Callable from any thread."""
+
+    def note_closing(self, request: Request) -> None:
+        """Look at a connection whose socket is closed next."""
+        ...
+
+    def note_datagram(self, size: int) -> None:
+        """Note that a datagram of so many bytes is done with."""
+        ...
+
+    def note_child_end(self, process: int) -> None:
+        """Note that a child process has ended which served a request."""
+        ...
 
 
 class Guard:
@@ -71,6 +89,10 @@ class Guard:
         """Where connections wait for their peers' first word; ``None`` where they do not."""
         self.refusals: dict[int, RefusalReason] = {}
         """Why a request was not admitted, by its ``id``, until that is told."""
+        self.make_gate: Callable[..., Gate] | None = getattr(server, "make_gate", None)
+        """What makes the gate, where other processes have a part in it."""
+        self.counter: Counting | None = None
+        """Who wants to know of connections that end; ``None`` if nobody counts."""
         self._server = server
         self._process = os.getpid()
         self._settings: object = None
@@ -102,12 +124,17 @@ class Guard:
         when_full = read_when_full(server.when_full)
         rules, limits = AdmissionRules(**admission), Rules(**deadlines)
         self._exchange_gate(
-            None if rules == AdmissionRules() else Gate(rules, when_full, counts_peers=peers_come)
+            None if rules == AdmissionRules() else self._make_gate(rules, when_full, peers_come)
         )
         self._exchange_keeper(
             None if limits == Rules() else Timekeeper(server, self.connections, limits)
         )
         self._settings = settings
+
+    def _make_gate(self, rules: AdmissionRules, when_full: WhenFull, peers_come: bool) -> Gate:
+        # A child serves one connection, whose place its parent keeps.
+        make = None if self.is_in_child else self.make_gate
+        return (make or Gate)(rules, when_full, counts_peers=peers_come)
 
     def _exchange_gate(self, gate: Gate | None) -> None:
         before, self.gate = self.gate, gate
@@ -253,7 +280,10 @@ class Guard:
             connection = self.connections.get(request)
             if connection is not None:
                 self.drain.note_end(connection)
-        return self.connections.remove(request)
+        known = self.connections.remove(request)
+        if self.counter is not None and known is not None:
+            self.counter.note_closing(request)
+        return known
 
     def _note_lost(self, connection: Connection) -> None:
         """Give the place of a connection back whose socket nobody has any more."""
@@ -274,6 +304,8 @@ class Guard:
     def note_child_end(self, process: int) -> None:
         """Give the place of a child's connection back."""
         connection = self.of_children.pop(process, None)
+        if self.counter is not None:
+            self.counter.note_child_end(process)
         if connection is not None:
             if self.drain is not None:
                 self.drain.note_end(connection)

@@ -103,6 +103,19 @@ class OpenListener:
         """The address that was bound, with the port that the system chose."""
         return self.place.address_of(self.socket.getsockname())
 
+    @property
+    def file(self) -> SocketFile | None:
+        """The file that is removed with it; ``None`` if there is none, or it is another's."""
+        return self._file
+
+    def hand_over(self) -> None:
+        """Leave it to another process, which has it, too: closing it here ends nothing any more."""
+        self.is_lent, self._file = True, None
+
+    def take_over(self, file: SocketFile | None) -> None:
+        """Be who closes it, from now on, and removes its file."""
+        self.is_lent, self._file = False, file
+
     def lend(self) -> Self:
         """Return another hold on the same listener, for who must not end it by closing it."""
         return type(self)(self.place, self.socket.dup(), is_lent=True)

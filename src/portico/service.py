@@ -1,8 +1,8 @@
 """Run servers side by side: one for each address, started and stopped together.
 
 Owns how a server is put together from settings and an address, which of its loops runs in which
-thread, how a signal drains all of them, and the count of what was served.  Leaves serving and
-draining to the servers, and what is allowed to `portico.settings`.
+thread, and how a signal drains all of them.  Leaves serving and draining to the servers, counting
+to `portico.tally`, and what is allowed to `portico.settings`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf
 from queue import SimpleQueue
@@ -26,24 +26,18 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
 from portico.address import Address, BoundAddress, Scheme, parse
+from portico.counters import Counters, Row
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
 from portico.errors import PhaseError, SettingError
-from portico.events import (
-    CloseReason,
-    ConnectionAccepted,
-    ConnectionClosed,
-    ConnectionRefused,
-    Event,
-    ListenerBound,
-    emit,
-    subscribe,
-)
+from portico.events import ListenerBound, emit
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
-from portico.lifecycle import DrainReport
 from portico.listener import OpenListener, expand, open_listener, scheme_of
-from portico.settings import Settings, SettingValues
+from portico.places import SharedPlaces, SharingMixIn
+from portico.settings import AUTO, Settings, SettingValues, connection_limit
+from portico.tally import Counter, count
+from portico.tally import Tally as Tally  # noqa: PLC0414  # what `Service.run` returns
 from portico.target import Handler, check_scheme
 
 if TYPE_CHECKING:
@@ -68,6 +62,8 @@ STOP_PATIENCE: Final = 2 * LAST_WORDS
 A handler that holds its loop has been given end-of-file by then, or its connection was closed, and
 it had its last words; one that does not even notice that is interrupted, or left behind."""
 
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
 
@@ -90,9 +86,6 @@ OF_CONNECTIONS: Final = (
 )
 """Those of servers whose requests are connections: a datagram has no place and no time."""
 
-CUT: Final = frozenset({CloseReason.INTERRUPTED, CloseReason.CUT, CloseReason.DEADLINE})
-"""Why connections close under their handlers."""
-
 
 class AdoptingMixIn(_Base):
     """Serve on a listener that is open already.
@@ -102,6 +95,14 @@ class AdoptingMixIn(_Base):
 
     opened: OpenListener
     """The listener."""
+
+    on_left: Callable[[], object] | None = None
+    """Called when the server accepts nobody any more; perhaps more than once."""
+
+    @property
+    def shares_listener(self) -> bool:
+        """Whether other processes accept from it, too."""
+        return self.opened.is_lent
 
     @property
     def address(self) -> BoundAddress:
@@ -122,6 +123,8 @@ class AdoptingMixIn(_Base):
     def _close_listener(self) -> None:
         self.opened.close()
         super()._close_listener()
+        if self.on_left is not None:
+            self.on_left()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,28 +142,6 @@ class Assignment:
     settings: Settings
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """What a server did.
-
-    Attributes:
-        address: Where.
-        served: Requests whose handler ended by itself; a datagram is one, too.
-        refused: Requests that did not get as far as a handler: a limit, a network or a hook kept
-            them out, or their TLS handshake or PROXY header did.
-        cut_off: Requests whose handler was interrupted, or its connection closed under it, or that
-            still ran when the service stopped.
-        drained: What became of the connections that were open at the stop; ``None`` if a second
-            signal came first.
-    """
-
-    address: BoundAddress
-    served: int
-    refused: int
-    cut_off: int
-    drained: DrainReport | None = None
-
-
 class Service:
     """Servers side by side, bound when it is made.
 
@@ -168,7 +149,12 @@ class Service:
     """
 
     def __init__(
-        self, assignments: Sequence[Assignment], listeners: Sequence[OpenListener] | None = None
+        self,
+        assignments: Sequence[Assignment],
+        listeners: Sequence[OpenListener] | None = None,
+        *,
+        row: Row | None = None,
+        workers: int = 1,
     ) -> None:
         """Make a server for each assignment, or none.
 
@@ -176,21 +162,27 @@ class Service:
             assignments: What to serve; at least one.
             listeners: A listener for each, which is closed with its server; ``None`` to open them
                 here.
+            row: Where this process counts, as one of several workers, with a station for each of
+                the names of the listeners (`station_names`); ``None`` if nobody else wants to know.
+            workers: How many processes serve the same listeners.  They share `max_connections`,
+                which `AUTO` makes so many times what one process may have.
 
         Raises:
             CertificateError: A certificate or key cannot be used.
+            CountersError: An address has no station.
             ListenerError: An address cannot be had.
             SettingError: There is a TLS address and no certificate, or the other way round.
         """
-        count, limit = len(assignments), descriptor_limit()
+        share, limit = len(assignments), descriptor_limit()
         # By identity: assignments share their settings, and those share one look at their files.
         settings = {id(each.settings): each.settings for each in assignments}
         for own in settings.values():
             own.check_addresses(each.address for each in assignments if each.settings is own)
         certificates = {key: load_certificates(each) for key, each in settings.items()}
+        self._certificates = [each for each in certificates.values() if each is not None]
         self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
         self._servers: list[AdoptingMixIn] = []
-        self._counters: list[_Counter] = []
+        self._counters: list[Counter] = []
         self._is_running = False
         self._is_in_loop = False
         self._is_stopping = False
@@ -198,20 +190,27 @@ class Service:
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self._wakeup: Wakeup | None = None
         self._poll_interval = POLL_INTERVAL
+        self._pulse: _Pulse | None = None
         with ExitStack() as closing:
             if listeners is None:
                 listeners = open_listeners(assignments)
             for each in listeners:
                 closing.callback(each.close)
-            for assignment, opened in zip(assignments, listeners, strict=True):
-                own = assignment.settings
-                kind = server_class(opened, own.resolved(limit, count), certificates[id(own)])
+            names = station_names(listeners)
+            cells = Row(Counters.private(names), 0) if row is None else row
+            for assignment, opened, name in zip(assignments, listeners, names, strict=True):
+                own, station = assignment.settings, cells.station(name)
+                settled = own.resolved(limit, share)
+                places = None
+                if row is not None and settled.max_connections is not None:
+                    settled, most = share_places(own, settled, limit // share, workers)
+                    places = SharedPlaces(station, most)
+                kind = server_class(opened, settled, certificates[id(own)], places)
                 server = kind(opened.place.name, assignment.handler)
-                counter = _Counter(server)
                 closing.callback(_close, server)
-                closing.callback(counter.close)
                 self._servers.append(server)
-                self._counters.append(counter)
+                self._counters.append(count(server, station))
+                closing.callback(self._counters[-1].close)
             self._closing = closing.pop_all()
 
     def __enter__(self) -> Self:
@@ -263,6 +262,26 @@ class Service:
         self.close()
         return tallies
 
+    @property
+    def servers(self) -> Sequence[AdoptingMixIn]:
+        """The servers, in the order of their assignments."""
+        return self._servers
+
+    def reload_certificates(self) -> bool:
+        """Read the certificates and keys again; say whether all of them are in use now.
+
+        Those that cannot be used are told of by events, and the earlier ones stay.
+        """
+        loaded = [
+            each.reload() for each in self._certificates
+        ]  # each of them, whatever came before
+        return all(loaded)
+
+    def overdue(self) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round since the last beat."""
+        pulse = self._pulse
+        return [] if pulse is None else pulse.overdue(self._servers)
+
     def beat(self, beat: Callable[[], object], interval: float) -> None:
         """Have `beat` called while the serving loops are alive; to be said before `run`.
 
@@ -270,7 +289,7 @@ class Service:
             beat: Called in one of the loops whenever every one of them has gone round again.
             interval: Seconds between two calls at the most, of a service that is alive.
         """
-        pulse = _Pulse(beat, len(self._servers), interval / 2)
+        pulse = self._pulse = _Pulse(beat, len(self._servers), interval / 2)
         self._poll_interval = pulse.interval
         for server in self._servers:
             # On the instance: a server that has nothing to do so often sleeps until a client comes.
@@ -290,8 +309,8 @@ class Service:
         self._closing.close()
 
     @contextmanager
-    def stopped_by_signals(self) -> Generator[None]:
-        """Stop at SIGINT and SIGTERM while the block runs; in the main thread.
+    def stopped_by_signals(self, numbers: Iterable[int] = STOP_SIGNALS) -> Generator[None]:
+        """Stop at these signals while the block runs; in the main thread.
 
         The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
         thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
@@ -320,8 +339,8 @@ class Service:
                     alarm = signal.setitimer(signal.ITIMER_REAL, timeout + STOP_PATIENCE)
                 self.stop()
 
-        catch(signal.SIGINT)
-        catch(signal.SIGTERM)
+        for number in numbers:
+            catch(number)
         try:
             yield
         finally:
@@ -481,8 +500,44 @@ def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
         return opened
 
 
+def station_names(listeners: Iterable[OpenListener]) -> list[str]:
+    """Return what the stations of listeners are called: by their addresses, each name once."""
+    names: list[str] = []
+    for each in listeners:
+        bound = str(each.place.address_of(each.socket.getsockname()))
+        again = sum(name.partition(" ")[0] == bound for name in names)
+        names.append(f"{bound} {again + 1}" if again else bound)
+    return names
+
+
+def share_places(
+    asked: Settings, settled: Settings, descriptors: int, workers: int
+) -> tuple[Settings, int]:
+    """Say how many connections one worker may have, and how many all of them.
+
+    Args:
+        asked: The settings of a server.
+        settled: The same, with a number in the place of each `AUTO`.
+        descriptors: How many one process may have open for this server; below 0 for no limit.
+        workers: How many there are.
+
+    Returns:
+        The settings of the server in one worker, which has descriptors of its own to be bounded
+        by, and the limit for all.
+    """
+    most = settled.max_connections
+    assert isinstance(most, int), "it is settled"
+    if asked.max_connections == AUTO:
+        return settled, most * workers
+    own = min(most, connection_limit(descriptors, most))
+    return replace(settled, max_connections=own), most
+
+
 def server_class(
-    opened: OpenListener, settings: Settings, certificates: Certificates | None = None
+    opened: OpenListener,
+    settings: Settings,
+    certificates: Certificates | None = None,
+    places: SharedPlaces | None = None,
 ) -> type[AdoptingMixIn]:
     """Put together the class that serves a listener: an engine, in front of a family.
 
@@ -492,6 +547,7 @@ def server_class(
         opened: The listener.
         settings: With a number in the place of each `AUTO`.
         certificates: For an address that speaks TLS.
+        places: Those that it shares with other processes; ``None`` for none.
     """
     scheme = opened.place.address.scheme
     family = FAMILIES[scheme]
@@ -515,7 +571,12 @@ def server_class(
         # The listener waits, for the sake of handlers that reply by it; the acceptor does not:
         # another process that has it may be faster.
         attributes["receive_flags"] = socket.MSG_DONTWAIT
-    return type(f"{prefix}{family.__name__}", (*engines, AdoptingMixIn, family), attributes)
+    mixins: tuple[type[Any], ...] = (*engines, AdoptingMixIn)
+    if places is not None and not scheme.is_datagram:
+        attributes["shared_places"] = places
+        mixins = (SharingMixIn, *mixins)
+    bases: Any = (*mixins, family)
+    return type(f"{prefix}{family.__name__}", bases, attributes)
 
 
 def load_certificates(settings: Settings) -> Certificates | None:
@@ -683,58 +744,7 @@ class _Pulse:
             self._last = now
         self._beat()
 
-
-class _Counter:
-    """Counts the requests of one server."""
-
-    def __init__(self, server: AdoptingMixIn) -> None:
-        self._server = server
-        # Guards the counts.  One for each server: a child that is forked by one acceptor must not
-        # inherit a lock that another thread holds.
-        self._changed = threading.Condition()
-        self._under_way = 0
-        self._served = 0
-        self._refused = 0
-        self._cut_off = 0
-        self.close = subscribe(self._count, ConnectionAccepted, ConnectionRefused, ConnectionClosed)
-
-    @property
-    def has_left_handlers(self) -> bool:
-        """Whether handlers still run in this process."""
+    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round."""
         with self._changed:
-            return self._under_way > 0 and not isinstance(self._server, ForkingMixIn)
-
-    def tally(self) -> Tally:
-        """Say what the server did so far; after a drain, when what it ended has told so."""
-        server, report = self._server, self._server.drain_report
-        if isinstance(server, ForkingMixIn):  # whose connections close in the children
-            server.collect_children()
-            cut_off = len(server.active_children or ())
-            if report is not None:
-                cut_off = max(cut_off, report.forced)
-            with self._changed:
-                served = self._under_way + self._served + self._cut_off - cut_off
-                return Tally(server.address, served, self._refused, cut_off, report)
-        with self._changed:
-            if report is not None:  # a connection is at its end a moment before it is told
-                left = server._guard.drain.stragglers if server._guard.drain else 0
-                self._changed.wait_for(lambda: self._under_way <= left, LAST_WORDS)
-            cut_off = self._cut_off + self._under_way
-            return Tally(server.address, self._served, self._refused, cut_off, report)
-
-    def _count(self, event: Event) -> None:
-        if event.server is not self._server:
-            return
-        with self._changed:
-            match event:
-                case ConnectionAccepted():
-                    self._under_way += 1
-                    return
-                case ConnectionRefused() | ConnectionClosed(reason=CloseReason.NO_PREAMBLE):
-                    self._refused += 1
-                case ConnectionClosed(reason=reason) if reason in CUT:
-                    self._cut_off += 1
-                case _:
-                    self._served += 1
-            self._under_way -= 1
-            self._changed.notify_all()
+            return [each for each in servers if each not in self._seen]

@@ -47,6 +47,17 @@ COUNTED: Final = Struct(f"{BASIC.format} 16x Q Q")
 FULL: Final = Struct(f"{COUNTED.format} 64x Q Q")
 """And tcpi_bytes_sent, tcpi_bytes_retrans: since Linux 4.19."""
 
+MOVED: Final = Struct("=B 119x Q Q 8x I 52x Q Q")
+"""tcpi_state; tcpi_bytes_acked, tcpi_bytes_received; tcpi_notsent_bytes; tcpi_bytes_sent,
+tcpi_bytes_retrans: since Linux 4.19."""
+
+CLOSE: Final = 7
+"""The state of a connection that both ends have ended, or one has reset."""
+PEER_ENDED: Final = frozenset({6, 8, 9, 11})
+"""The states after the peer's end of the stream: TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING."""
+WE_ENDED: Final = frozenset({4, 5, 6, 9, 11})
+"""The states after ours: FIN_WAIT1, FIN_WAIT2, TIME_WAIT, LAST_ACK, CLOSING."""
+
 STILLNESS: Final = 0.1
 """Seconds without a byte after which a connection may count as idle.
 
@@ -201,6 +212,42 @@ def bytes_received(sock: Any) -> int | None:
     count: int
     (count,) = RECEIVED.unpack_from(info)
     return count
+
+
+def bytes_moved(sock: Any) -> tuple[int, int] | None:
+    """Say how many bytes came in and were written, without the ends of the streams.
+
+    One system call, for a look at a connection that is about to be closed.  Callable from any
+    thread.
+
+    Returns:
+        What came in, read or not; and what was written, sent or not, but without what a reset has
+        kept from being sent.  ``None`` where the system does not tell.
+    """
+    return read_moved(_tcp_info(sock, MOVED.size))
+
+
+def read_moved(info: bytes) -> tuple[int, int] | None:
+    """Read the bytes that have moved from the kernel's `struct tcp_info`.
+
+    The kernel counts the end of the stream as a byte that came in, and one that is acknowledged or
+    not yet sent.  Which of them there was, the state of the connection tells; if a connection that
+    we had ended was then reset, one byte too few is told.
+
+    Args:
+        info: As getsockopt(2) returned it.
+
+    Returns:
+        As `bytes_moved`; ``None`` if fields are missing.
+    """
+    if len(info) < MOVED.size:
+        return None
+    state, acknowledged, received, unsent, data, repeated = MOVED.unpack_from(info)
+    sent = data - repeated
+    peer_ended = state in PEER_ENDED or (state == CLOSE and acknowledged > sent)
+    if state != CLOSE:  # after a reset, nothing more is sent
+        sent += max(0, unsent - (state in WE_ENDED))
+    return max(0, received - peer_ended), sent
 
 
 def connections_waiting(listener: Any) -> int | None:

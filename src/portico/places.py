@@ -1,0 +1,293 @@
+"""Share the places of `max_connections` between all workers.
+
+Owns how a worker takes a place and gives it back, and how one that waits for a place learns that
+another worker has given one back.  Leaves the memory to `portico.counters`, and what one worker
+alone has to decide to `portico.admission` and `portico.gate`.
+
+Each worker raises and lowers a cell of its own, and adds up those of all.  It raises first and adds
+up then: of two that do so at the same moment at least one sees both, and takes its own back.  So
+there are never more than the limit.  Who had to take its place back tries again where only one
+process is let in at a time: so one of them gets the place that was free.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from portico.admission import Admission, AdmissionRules
+from portico.counts import Cell
+from portico.events import RefusalReason
+from portico.gate import Gate, WhenFull
+from portico.server import BaseServer
+
+if TYPE_CHECKING:
+    from portico.connection import ClientAddress, Request
+    from portico.counters import Station
+
+    _Base: TypeAlias = BaseServer
+else:
+    _Base = object
+
+LOOK_AGAIN: Final = 1.0
+"""Seconds after which who waits for a place looks again although no bell has rung.
+
+A worker that was to ring may have been killed between giving its place back and ringing.
+"""
+
+
+class SharedPlaces:
+    """The places of one address, as one worker sees them.
+
+    Not safe between threads: its owner lets one call in at a time.
+
+    Args:
+        station: The cells of the address in the row of this worker.
+        limit: How many places there are, in all workers together.
+    """
+
+    def __init__(self, station: Station, limit: int) -> None:
+        bell = station.counters.bell_of(station.number)
+        assert bell is not None, "several workers have a mapping that is shared"
+        self.limit = limit
+        self._station = station
+        self._bell = bell
+        self._fence = Lock()  # guards nothing: see `_settle_order`
+
+    @property
+    def taken(self) -> int:
+        """Places that are taken, in all workers."""
+        return sum(self._column(Cell.PLACES))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place is taken."""
+        return self.taken >= self.limit
+
+    def take(self) -> bool:
+        """Take a place, and say whether there was one."""
+        if self.is_full:
+            return False
+        if not self._try():
+            # Another one has tried at this moment, or does.
+            with self._station.counters.exclusive(self._station.number):
+                is_in = self._try()
+            if not is_in:
+                self._tell()  # who saw ours may wait for it
+                return False
+        if self._station.cells[Cell.AWAITS]:
+            # The bell rang for all who waited, and this one may have hushed it: if there is more
+            # room, it is for the others as well.
+            self._station.cells[Cell.AWAITS] = 0
+            if not self.is_full:
+                self._tell()
+        return True
+
+    def take_over(self) -> None:
+        """Count a connection that is open already."""
+        self._station.cells[Cell.PLACES] += 1
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self._station.cells[Cell.PLACES] -= 1
+        self._settle_order()
+        self._tell()
+
+    def begin_to_wait(self) -> int:
+        """Return a descriptor that is readable when a place was given back since this call.
+
+        It has to be looked once more for a place afterwards, before anybody waits.
+        """
+        self._bell.hush()
+        self._station.cells[Cell.AWAITS] = 1
+        self._settle_order()
+        return self._bell.fileno()
+
+    def end_waiting(self) -> bool:
+        """Say that nobody here waits, and whether somebody did."""
+        cells = self._station.cells
+        did_wait, cells[Cell.AWAITS] = cells[Cell.AWAITS], 0
+        return bool(did_wait)
+
+    @property
+    def descriptor(self) -> int:
+        """What `begin_to_wait` returns."""
+        return self._bell.fileno()
+
+    def _try(self) -> bool:
+        cells = self._station.cells
+        cells[Cell.PLACES] += 1
+        self._settle_order()
+        if self.taken <= self.limit:
+            return True
+        cells[Cell.PLACES] -= 1
+        return False
+
+    def _tell(self) -> None:
+        if any(self._column(Cell.AWAITS)):
+            self._bell.ring()
+
+    def _settle_order(self) -> None:
+        """Have others see what was written here before this one reads what they have written.
+
+        A processor may read a cell before its own write of another has left it.  Two that do so
+        would both see room for one.  The locked instructions of a lock keep x86 from it; Arm's
+        order those of one lock, and the many instructions of the interpreter do the rest.
+        """
+        self._fence.acquire()
+        self._fence.release()
+
+    def _column(self, cell: Cell) -> memoryview[int]:
+        return self._station.counters.column(self._station.number, cell)
+
+
+class SharedAdmission(Admission):
+    """Applies the rules of one worker to connections, and `max_connections` to those of all.
+
+    Args:
+        rules: The rules; their `max_connections` are those of this worker alone.
+        shared: The places of all.
+    """
+
+    def __init__(self, rules: AdmissionRules, shared: SharedPlaces) -> None:
+        super().__init__(rules)
+        self._shared = shared
+        self._reserved = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place, here or in all workers."""
+        return super().is_full or self._shared.is_full
+
+    def reserve(self) -> bool:
+        """Take a place for whoever is admitted next, and say whether there was one."""
+        if self.active + self._reserved >= self.limit or not self._shared.take():
+            return False
+        self._reserved += 1
+        return True
+
+    def forgo(self) -> None:
+        """Give back what was reserved, if it still is."""
+        if self._reserved:
+            self._reserved -= 1
+            self._shared.leave()
+
+    def decide(self, client_address: Any, now: float) -> RefusalReason | None:
+        """Admit and count a connection, or say why not; uses a place that was reserved."""
+        refusal = super().decide(client_address, now)
+        if refusal is not None:
+            self.forgo()
+        elif self._reserved:
+            self._reserved -= 1
+        elif not self._shared.take():
+            self.take_back(client_address)
+            return RefusalReason.TOO_MANY
+        return refusal
+
+    def take_over(self, client_address: Any) -> None:
+        """Count a connection that is open already, whatever the rules say of it."""
+        super().take_over(client_address)
+        self._shared.take_over()
+
+    def leave(self, client_address: Any) -> None:
+        """Give the place of an admitted connection back."""
+        super().leave(client_address)
+        self._shared.leave()
+
+
+class SharedGate(Gate):
+    """Where the connections of one worker's server come in and leave.
+
+    Callable from any thread.
+    """
+
+    places: SharedAdmission
+
+    def __init__(
+        self,
+        rules: AdmissionRules,
+        when_full: WhenFull,
+        *,
+        counts_peers: bool = True,
+        shared: SharedPlaces,
+    ) -> None:
+        super().__init__(rules, when_full, counts_peers=counts_peers)
+        self.places = SharedAdmission(self.places.rules, shared)
+        self._shared = shared
+
+    def reserve(self) -> bool:
+        """Take a place for a client before it is accepted, and say whether there was one.
+
+        Between a look for room and accept(2) another worker may take the last place.  Who is to
+        wait in the backlog must not have been accepted by then.  With `WhenFull.REFUSE` nothing is
+        reserved, and everyone may come.
+        """
+        if self.when_full is WhenFull.REFUSE:
+            return True
+        with self.lock:
+            return self.places.reserve()
+
+    def forgo(self) -> None:
+        """Give back what `reserve` has taken, if nobody came for it."""
+        with self.lock:
+            self.places.forgo()
+
+    def await_room(self) -> int | None:
+        """Return a descriptor that is readable as soon as there is a place; ``None`` if there is.
+
+        Who waits for it looks again after `LOOK_AGAIN` seconds all the same.
+        """
+        with self.lock:
+            room = self._shared.begin_to_wait() if self.places.is_full else None
+            if room is not None and not self.places.is_full:  # since it was looked at
+                room = None
+        if self._lost:
+            self._settle()
+        return room
+
+    def close(self) -> bool:
+        """Say that nobody waits for room any more, and whether somebody did."""
+        with self.lock:
+            return self._shared.end_waiting()
+
+
+class SharingMixIn(_Base):
+    """Accept a connection only when there is a place for it among those of all workers.
+
+    Owns `make_gate`; extends `get_request` and `pause_accepting`, in front of every engine.
+    """
+
+    shared_places: SharedPlaces
+    """The places."""
+
+    def make_gate(
+        self, rules: AdmissionRules, when_full: WhenFull, *, counts_peers: bool
+    ) -> SharedGate:
+        """Make the gate, for the guard of the server."""
+        return SharedGate(rules, when_full, counts_peers=counts_peers, shared=self.shared_places)
+
+    def get_request(self) -> tuple[Request, ClientAddress]:
+        """Accept one connection, if there is a place for it.
+
+        Raises:
+            OSError: As accept(2); `BlockingIOError` if there is no place.
+        """
+        gate = self._guard.gate
+        if not isinstance(gate, SharedGate):
+            return super().get_request()
+        if not gate.reserve():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        try:
+            return super().get_request()
+        except BaseException:
+            gate.forgo()
+            raise
+
+    def pause_accepting(self, seconds: float | None = None, *, until: Collection[int] = ()) -> None:
+        """Leave clients in the backlog for a while, and for room never without looking again."""
+        if seconds is None and self.shared_places.descriptor in until:
+            seconds = LOOK_AGAIN
+        super().pause_accepting(seconds, until=until)

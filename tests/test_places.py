@@ -1,0 +1,482 @@
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+
+import portico
+from portico import address
+from portico.admission import AdmissionRules
+from portico.counters import Counters, Row
+from portico.counts import Cell, Totals
+from portico.events import RefusalReason
+from portico.gate import WhenFull
+from portico.listener import OpenListener, open_listener
+from portico.places import LOOK_AGAIN, SharedGate, SharedPlaces
+from portico.service import Assignment, Service, share_places, station_names
+from portico.settings import Settings
+from tests.support import PATIENCE, eventually
+from tests.test_counters import ended, forked
+
+HERE = "tcp://127.0.0.1:9000"
+PEER = ("192.0.2.1", 1)
+
+
+@pytest.fixture
+def counters() -> Iterator[Counters]:
+    with closing(Counters.create(rows=16, stations=4)) as made:
+        made.allot([HERE])
+        yield made
+
+
+def places(counters: Counters, limit: int, number: int | None = None) -> SharedPlaces:
+    """The places as a worker sees them that has just claimed a row."""
+    row = Row(counters, counters.claim() if number is None else number)
+    return SharedPlaces(row.station(HERE), limit)
+
+
+def gate(
+    counters: Counters, limit: int, when_full: WhenFull = WhenFull.WAIT, **rules: Any
+) -> SharedGate:
+    """The gate of a worker that has just claimed a row."""
+    settings = AdmissionRules(**{"max_connections": 100} | rules)
+    return SharedGate(settings, when_full, shared=places(counters, limit))
+
+
+def is_readable(descriptor: int | None, seconds: float = 0.0) -> bool:
+    assert descriptor is not None
+    return bool(select.select([descriptor], [], [], seconds)[0])
+
+
+# -------------------------------------------------------------------------- the limit, for all
+
+
+def test_there_are_never_more_than_the_limit_however_many_hammer(counters: Counters) -> None:
+    """For each place there is a token in a pipe: who has a place always finds one."""
+    limit, workers, rounds = 3, 4, 20_000
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.write(writer, b"." * limit)
+
+    def hammer(number: int) -> None:
+        mine, admitted = places(counters, limit, number), 0
+        for _ in range(rounds):
+            if mine.take():
+                os.read(reader, 1)  # raises if there are more than the limit
+                admitted += 1
+                os.write(writer, b".")
+                mine.leave()
+        assert admitted
+
+    rows = [counters.claim() for _ in range(workers)]
+    children = [forked(partial(hammer, number)) for number in rows]
+    assert [ended(child) for child in children] == [0] * workers
+    assert len(os.read(reader, 100)) == limit
+    assert sum(counters.column(1, Cell.PLACES)) == 0
+    os.close(reader)
+    os.close(writer)
+
+
+def test_one_of_those_who_come_at_the_same_moment_gets_the_last_place(counters: Counters) -> None:
+    """They raise their cells, see each other, take back, and all of them could stay out."""
+    workers, rounds = 3, 1000
+    go, results, end = os.pipe(), os.pipe(), os.pipe()
+
+    def come(number: int) -> None:
+        mine = places(counters, 1, number)
+        for _ in range(rounds):
+            os.read(go[0], 1)
+            is_in = mine.take()
+            os.write(results[1], b"1" if is_in else b"0")
+            os.read(end[0], 1)
+            if is_in:
+                mine.leave()
+            os.write(results[1], b".")
+
+    children = [forked(partial(come, counters.claim())) for _ in range(workers)]
+
+    def gathered() -> bytes:
+        told = b""
+        while len(told) < workers:
+            told += os.read(results[0], workers - len(told))
+        return told
+
+    for _ in range(rounds):
+        os.write(go[1], b"." * workers)
+        assert gathered().count(b"1") == 1
+        os.write(end[1], b"." * workers)
+        gathered()
+    assert [ended(child) for child in children] == [0] * workers
+    for descriptor in (*go, *results, *end):
+        os.close(descriptor)
+
+
+def test_who_sees_a_place_taken_that_is_given_back_tries_again(
+    counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker has raised its cell, and takes that back, while this one adds up."""
+    mine, other = places(counters, 1), places(counters, 1)
+    settle = SharedPlaces._settle_order
+
+    def meet(each: SharedPlaces) -> None:
+        other._station.cells[Cell.PLACES] += 1
+        settle(each)
+
+    @contextmanager
+    def part(self: Counters, station: int) -> Iterator[None]:
+        monkeypatch.undo()
+        other._station.cells[Cell.PLACES] -= 1
+        yield
+
+    monkeypatch.setattr(SharedPlaces, "_settle_order", meet)
+    monkeypatch.setattr(Counters, "exclusive", part)
+    assert mine.take()
+    assert not other.take()
+    assert mine.taken == 1
+
+
+def test_who_takes_a_place_back_tells_those_who_saw_it(
+    counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = places(counters, 1), places(counters, 1)
+    descriptor = other.begin_to_wait()
+    settle = SharedPlaces._settle_order
+
+    def meet(each: SharedPlaces) -> None:
+        other._station.cells[Cell.PLACES] = 1
+        settle(each)
+
+    monkeypatch.setattr(SharedPlaces, "_settle_order", meet)
+    assert not mine.take()
+    assert is_readable(descriptor)
+
+
+# ----------------------------------------------------------------------------------- the gate
+
+
+def test_the_places_of_two_gates_are_the_same(counters: Counters) -> None:
+    here, there = gate(counters, 2, WhenFull.REFUSE), gate(counters, 2, WhenFull.REFUSE)
+    assert here.admit(PEER, 0.0) is None
+    assert there.admit(PEER, 0.0) is None
+    assert here.admit(PEER, 0.0) is RefusalReason.TOO_MANY
+    assert here.is_full
+    assert (here.active, there.active) == (1, 1)
+    there.leave(PEER)
+    assert here.admit(PEER, 0.0) is None
+
+
+def test_a_gate_has_limits_of_its_own(counters: Counters) -> None:
+    here = gate(counters, 5, WhenFull.REFUSE, max_connections=1)
+    there = gate(counters, 5, WhenFull.REFUSE, max_connections_per_peer=1)
+    assert (here.admit(PEER, 0.0), there.admit(PEER, 0.0)) == (None, None)
+    assert here.admit(PEER, 0.0) is RefusalReason.TOO_MANY
+    assert there.admit(PEER, 0.0) is RefusalReason.TOO_MANY_OF_PEER
+    assert counters.column(1, Cell.PLACES).tolist() == [1, 1]
+
+
+def test_who_finds_no_place_has_not_come(counters: Counters) -> None:
+    """It takes none of those that may come in a second, nor of those of its peer."""
+    other = gate(counters, 1, WhenFull.REFUSE)
+    here = gate(
+        counters,
+        1,
+        WhenFull.REFUSE,
+        accept_rate=1.0,
+        accept_burst=1,
+        max_connections_per_peer=1,
+    )
+    assert other.admit(PEER, 0.0) is None
+    assert here.admit(PEER, 0.0) is RefusalReason.TOO_MANY
+    other.leave(PEER)
+    assert here.admit(PEER, 0.0) is None
+
+
+def test_a_place_is_reserved_before_a_client_is_accepted(counters: Counters) -> None:
+    here, there = gate(counters, 1, accept_rate=1.0), gate(counters, 1)
+    assert here.reserve()
+    assert not there.reserve()
+    assert there.await_room() is not None
+    assert here.admit(PEER, 0.0) is None  # uses it
+    assert not there.reserve()
+    here.leave(PEER)
+    assert here.reserve()
+    assert here.admit(PEER, 0.0) is RefusalReason.TOO_FAST  # gives it back
+    assert there.reserve()
+    there.forgo()
+    there.forgo()
+    assert sum(counters.column(1, Cell.PLACES)) == 0
+
+
+def test_what_was_open_already_has_a_place(counters: Counters) -> None:
+    here = gate(counters, 1)
+    here.take_over(PEER)
+    here.take_over(PEER)
+    assert counters.column(1, Cell.PLACES).tolist() == [2]
+    here.lose(PEER)
+    assert here.is_full
+    here.leave(PEER)
+    assert here.await_room() is None
+
+
+# ------------------------------------------------------------------------------------- waiting
+
+
+def test_who_waits_is_woken_when_another_process_gives_a_place_back(counters: Counters) -> None:
+    go, stop = os.pipe()
+    number = counters.claim()
+
+    def leave() -> None:
+        other = places(counters, 1, number)
+        assert other.take()
+        os.read(go, 1)
+        other.leave()
+
+    child = forked(leave)
+    here = gate(counters, 1)
+    eventually(lambda: here.is_full)
+    room = here.await_room()
+    assert not is_readable(room)
+    os.write(stop, b".")
+    assert is_readable(room, PATIENCE)
+    assert here.await_room() is None
+    assert ended(child) == 0
+    os.close(go)
+    os.close(stop)
+
+
+def test_who_waits_is_woken_when_a_killed_worker_is_buried(counters: Counters) -> None:
+    number = counters.claim()
+
+    def die() -> None:
+        assert places(counters, 1, number).take()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ended(forked(die)) == -signal.SIGKILL
+    here = gate(counters, 1)
+    room = here.await_room()
+    assert not is_readable(room)
+    counters.release(number)
+    assert is_readable(room)
+    assert here.reserve()
+
+
+def test_all_who_wait_have_a_look_when_there_is_room_for_more_than_one(counters: Counters) -> None:
+    """The first to hear the bell may hush it, before another one has heard it."""
+    full, first, second = gate(counters, 2), gate(counters, 2), gate(counters, 2)
+    for _ in range(2):
+        assert full.admit(PEER, 0.0) is None
+    rooms = first.await_room(), second.await_room()
+    full.leave(PEER)
+    full.leave(PEER)
+    assert is_readable(rooms[0])
+    first._shared._bell.hush()
+    assert first.reserve()
+    assert is_readable(rooms[1])
+    assert second.reserve()
+    first._shared._bell.hush()
+    full.await_room()
+    second.forgo()
+    assert is_readable(rooms[0])
+
+
+def test_there_may_be_room_by_the_time_that_one_waits(
+    counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, here = gate(counters, 1), gate(counters, 1)
+    assert other.admit(PEER, 0.0) is None
+    begin = SharedPlaces.begin_to_wait
+
+    def meanwhile(self: SharedPlaces) -> int:
+        other.leave(PEER)
+        return begin(self)
+
+    monkeypatch.setattr(SharedPlaces, "begin_to_wait", meanwhile)
+    assert here.await_room() is None
+
+
+def test_a_gate_that_is_closed_says_whether_somebody_waited(counters: Counters) -> None:
+    here = gate(counters, 1)
+    assert not here.close()
+    here.take_over(PEER)
+    assert here.await_room() is not None
+    assert here.close()
+    assert not here.close()
+
+
+# --------------------------------------------------------------------------------- real workers
+
+
+class Stay(portico.StreamRequestHandler):
+    """Says that it is there, and stays until its peer is gone."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"%d\n" % os.getpid())
+        for line in self.rfile:
+            self.wfile.write(line)
+
+
+class Workers:
+    """Processes that serve one listener, each as a service with a row of the same mapping."""
+
+    def __init__(self, number: int, **settings: Any) -> None:
+        self.settings = Settings(**settings)
+        self.opened = open_listener(address.parse("tcp://127.0.0.1:0"), backlog=64)
+        self.where: Any = self.opened.socket.getsockname()
+        self.counters = Counters.create(rows=16, stations=2)
+        self.counters.allot(station_names([self.opened]))
+        self.number = number
+        self.children: dict[int, int] = {}
+        for _ in range(number):
+            self.start()
+
+    def start(self) -> int:
+        number = self.counters.claim()
+        child = forked(partial(self._work, number))
+        self.children[child] = number
+        eventually(lambda: self.counters.pulse(number).process)
+        return child
+
+    def _work(self, number: int) -> None:
+        listener = OpenListener(self.opened.place, self.opened.socket)
+        assignment = Assignment(Stay, self.opened.place.address, self.settings)
+        with Service(
+            [assignment], [listener], row=Row(self.counters, number), workers=self.number
+        ) as service:
+            with service.stopped_by_signals():
+                service.run()
+
+    def end(self, child: int, number: int = signal.SIGTERM) -> None:
+        os.kill(child, number)
+        assert ended(child) in {0, -number}
+        self.counters.release(self.children.pop(child))
+
+    def close(self) -> None:
+        for child in tuple(self.children):
+            self.end(child, signal.SIGKILL)
+        self.counters.close()
+        self.opened.close()
+
+    def totals(self) -> Totals:
+        return self.counters.totals()
+
+
+def greeted(clients: Sequence[socket.socket], seconds: float = 0.0) -> list[socket.socket]:
+    """Those of the clients to whom somebody has said something."""
+    return select.select(clients, [], [], seconds)[0]
+
+
+def are_greeted(clients: Sequence[socket.socket], number: int) -> bool:
+    """Whether it is so many of them; never more."""
+    now = len(greeted(clients))
+    assert now <= number
+    return now == number
+
+
+@pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks"])
+def test_clients_wait_for_a_place_among_those_of_all_workers(engine: str) -> None:
+    """One that is given back in one worker is had by a client of any."""
+    with (
+        closing(Workers(2, engine=engine, max_connections=3, when_full="wait")) as workers,
+        ExitStack() as stack,
+    ):
+        clients = [
+            stack.enter_context(socket.create_connection(workers.where, PATIENCE)) for _ in range(6)
+        ]
+        for left in range(6, 0, -1):
+            eventually(partial(are_greeted, clients, min(3, left)))
+            assert sum(workers.counters.column(1, Cell.PLACES)) <= 3
+            leaving = greeted(clients)[0]
+            assert int(leaving.recv(64))
+            clients.remove(leaving)
+            leaving.close()
+        eventually(lambda: workers.totals().sum.active == 0)
+        assert workers.totals().sum.accepted == workers.totals().sum.served == 6
+
+
+def test_a_client_has_the_place_of_a_worker_that_was_killed() -> None:
+    with (
+        closing(Workers(2, engine="threads", max_connections=1, when_full="wait")) as workers,
+        socket.create_connection(workers.where, PATIENCE) as first,
+    ):
+        child = int(first.recv(64))
+        with socket.create_connection(workers.where, PATIENCE) as second:
+            assert not greeted([second], 0.1)
+            workers.end(child, signal.SIGKILL)
+            assert int(second.recv(64)) in workers.children
+        assert workers.totals().sum.lost == 1
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_who_finds_no_place_in_any_worker_is_refused(engine: str) -> None:
+    settings = {"max_connections": 2, "when_full": "refuse", "farewell": b"full\n"}
+    with closing(Workers(2, engine=engine, **settings)) as workers, ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(workers.where, PATIENCE)) for _ in range(6)
+        ]
+        words = [client.recv(64) for client in clients]
+        assert words.count(b"full\n") == 4
+        eventually(lambda: workers.totals().sum.refused == 4)
+        assert workers.totals().sum.refused_by[RefusalReason.TOO_MANY] == 4
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_who_comes_has_the_place_of_one_that_is_idle(engine: str) -> None:
+    with (
+        closing(Workers(2, engine=engine, max_connections=2, when_full="shed")) as workers,
+        ExitStack() as stack,
+    ):
+        for _ in range(6):
+            client = stack.enter_context(socket.create_connection(workers.where, PATIENCE))
+            assert int(client.recv(64)) in workers.children
+            assert workers.totals().sum.active <= 2
+
+
+def test_a_bell_that_nobody_has_rung_keeps_no_client_waiting() -> None:
+    """A worker was killed after it had given its place back, and before it rang."""
+    with (
+        closing(Workers(1, engine="threads", max_connections=1, when_full="wait")) as workers,
+        socket.create_connection(workers.where, PATIENCE) as client,
+    ):
+        assert int(client.recv(64)) in workers.children
+        other = Row(workers.counters, workers.counters.claim())
+        station = other.station(station_names([workers.opened])[0])
+        station.cells[Cell.PLACES] = 1
+        client.close()
+        with socket.create_connection(workers.where, PATIENCE) as second:
+            (row,) = workers.children.values()
+            eventually(lambda: workers.counters.cells(row, 1)[Cell.AWAITS])
+            station.cells[Cell.PLACES] = 0
+            assert int(second.recv(64)) in workers.children
+    assert 0 < LOOK_AGAIN < PATIENCE
+
+
+# ------------------------------------------------------------------------------ what is shared
+
+
+def test_each_worker_has_as_many_as_its_descriptors_allow_and_all_have_their_sum() -> None:
+    asked = Settings()
+    settled = asked.resolved(1000)
+    assert isinstance(settled.max_connections, int)
+    assert share_places(asked, settled, 1000, 4) == (settled, 4 * settled.max_connections)
+
+
+@pytest.mark.parametrize(("descriptors", "own"), [(-1, 5000), (1 << 20, 5000), (1000, 750)])
+def test_a_number_holds_for_all_workers(descriptors: int, own: int) -> None:
+    asked = Settings(max_connections=5000)
+    settled, most = share_places(asked, asked, descriptors, 4)
+    assert most == 5000
+    assert isinstance(settled.max_connections, int)
+    assert own * 0.9 < settled.max_connections <= own * 1.34
+
+
+def test_two_listeners_of_one_name_have_a_station_each() -> None:
+    with closing(open_listener(address.parse("tcp://127.0.0.1:0"))) as opened:
+        first, second, third = station_names([opened] * 3)
+    assert (second, third) == (f"{first} 2", f"{first} 3")
