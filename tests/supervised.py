@@ -140,7 +140,8 @@ class Supervised:
                 lambda: len(self._find_here(pattern)) >= times or self._has_ended, PATIENCE
             )
             found = self._find_here(pattern)
-            assert is_there and len(found) >= times, f"no {pattern!r} in:\n{self._told_here()}"
+            assert is_there, f"no {pattern!r} in:\n{self._told_here()}"
+            assert len(found) >= times, f"no {pattern!r} in:\n{self._told_here()}"
             return found[times - 1]
 
     def _find_here(self, pattern: str) -> list[re.Match[str]]:

@@ -101,7 +101,7 @@ def forks(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
                 "run portico once for each address, or choose another engine",
             )
         elif not found.threads:
-            yield ok("forks", f"{service.name} forks, and there are no threads beside it")
+            yield ok("forks", f"{service.name} forks, and the program has no threads beside it")
 
 
 def packages(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
