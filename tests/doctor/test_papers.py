@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def test_certificate_and_key_may_be_one_file(pair: Pair) -> None:
     papers = read_papers(Settings(cert=pair.key))
     assert papers is not None
     assert wrong(papers) == []
+
+
+def test_a_certificate_for_clients_alone_is_found(tmp_path: Path) -> None:
+    pair = Pair(tmp_path / "client.pem", tmp_path / "client.key")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-subj", "/CN=www", "-addext", "extendedKeyUsage=clientAuth"]
+    files = ["-keyout", str(pair.key), "-out", str(pair.certificate)]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+    pair.key.chmod(0o600)
+    (found,) = wrong(read(pair))
+    assert f"{pair.certificate}: clients refuse it: " in found.found
+    assert "purpose" in found.found
 
 
 def test_text_around_the_certificates_is_passed_over(pair: Pair) -> None:

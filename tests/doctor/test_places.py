@@ -91,7 +91,7 @@ def test_a_portico_that_serves_already_may_be_the_one_that_is_meant(
     with Held("tcp" if kind == "tcp" else str(tmp_path / "a.sock"), "portico") as held:
         text = f"tcp://127.0.0.1:{held.name}" if kind == "tcp" else f"unix:{held.name}"
         place = look_at(parse(text))
-        assert (place.occupancy, place.reason) == (Occupancy.OURS, str(held.process.pid))
+        assert (place.occupancy, place.reason) == (Occupancy.OURS, f"process {held.process.pid}")
         assert severity(place) is Severity.WARN
 
 

@@ -380,6 +380,13 @@ def test_a_target_that_cannot_be_imported_fails() -> None:
     assert said(program.targets, facts, configured()) == [FAIL]
 
 
+def test_a_target_of_several_services_is_judged_once() -> None:
+    facts = Facts(targets={TARGET: TargetFacts()})
+    one = configured()
+    both = replace(one, services=(*one.services, replace(one.services[0], name="other")))
+    assert said(program.targets, facts, both) == [OK]
+
+
 def tried(**results: Any) -> Facts:
     return Facts(targets={TARGET: TargetFacts(trial=Trial(clients=4, answered=4, **results))})
 

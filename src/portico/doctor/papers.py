@@ -49,7 +49,7 @@ def read_papers(settings: Settings) -> Papers | None:
     problem = ""
     try:
         load_pair(context, Pair(certificate, key), None)
-        chain = _chain(context, _blocks(certificate))
+        chain = _chain(context, certificate)
         if settings.client_ca is not None:
             load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fspath(settings.client_ca))
             authorities = _authorities(_blocks(fspath(settings.client_ca)))
@@ -81,31 +81,44 @@ def _status(path: str) -> os.stat_result | None:
     return None
 
 
-def _chain(context: ssl.SSLContext, blocks: list[bytes]) -> tuple[Certificate, ...]:
-    shown = _shown(context, blocks[0]) if blocks else None
+def _chain(context: ssl.SSLContext, path: str) -> tuple[Certificate, ...]:
+    """Read the certificates of a chain; none of them if the first cannot be read.
+
+    Raises:
+        CertificateError: It is none that clients would take from a server.
+    """
+    blocks = _blocks(path)
+    try:
+        shown = _shown(context, blocks[0]) if blocks else None
+    except ssl.SSLCertVerificationError as error:
+        problem = f"clients refuse it: {error.verify_message}"
+        raise CertificateError(None, problem, path) from error
     if shown is None:
         return ()
     return (_read(shown), *_authorities(blocks[1:]))
 
 
 def _shown(server: ssl.SSLContext, certificate: bytes) -> Mapping[str, Any] | None:
-    """Shake hands in memory; return the server's certificate as the client is told of it."""
+    """Shake hands in memory; return the server's certificate as the client is told of it.
+
+    Raises:
+        ssl.SSLCertVerificationError: The client refuses it, as one that is for clients alone.
+    """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | WHENEVER
-    with suppress(ssl.SSLError):  # such as one that is for clients alone
-        client.load_verify_locations(cadata=certificate)
-        there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-        ends = [
-            client.wrap_bio(back, there, server_side=False),
-            server.wrap_bio(there, back, server_side=True),
-        ]
-        for _ in range(STEPS):
-            for end in ends:
-                with suppress(ssl.SSLWantReadError):
-                    end.do_handshake()
-            if shown := _peer(ends[0]):
-                return shown
+    client.load_verify_locations(cadata=certificate)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(back, there, server_side=False),
+        server.wrap_bio(there, back, server_side=True),
+    ]
+    for _ in range(STEPS):
+        for end in ends:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        if shown := _peer(ends[0]):
+            return shown
     return None
 
 

@@ -69,7 +69,8 @@ def _held_by_ours(place: Place) -> PlaceFacts | None:
 
 
 def _named(holders: tuple[Holder, ...]) -> str:
-    return ", ".join(str(holder.pid) for holder in holders)
+    numbers = ", ".join(str(holder.pid) for holder in holders)
+    return f"process{'es' * (len(holders) > 1)} {numbers}"
 
 
 def _try(place: Place) -> None:

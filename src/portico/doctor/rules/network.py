@@ -73,7 +73,7 @@ def _of_place(place: PlaceFacts) -> Finding:
         case Occupancy.OURS:
             return warn(
                 "address",
-                f"a portico has {place.address} (process {place.reason})",
+                f"a portico has {place.address} ({place.reason})",
                 "nobody there, unless this is the service that is asked about",
                 "stop it before another one is started",
             )

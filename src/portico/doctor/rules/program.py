@@ -33,7 +33,10 @@ def account(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
 
 def targets(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether each handler can be imported, and what the trial has shown."""
-    for service in configuration.services:
+    # Once for each: services may share a target, and mind different things of it if their engines
+    # differ.
+    several = {(each.target, each.settings.engine): each for each in configuration.services}
+    for service in several.values():
         found = facts.targets.get(service.target)
         if found is None:
             continue
