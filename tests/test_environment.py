@@ -62,7 +62,7 @@ def test_a_variable_that_is_no_setting_is_told_with_the_nearest(
     [
         ("PORTICO_CONFIG", "a.toml"),
         ("PORTICO_POLLER", "select"),
-        ("PORTICO__LISTENERS", "3"),
+        ("PORTICO_HERITAGE", "3"),
         ("PORTICO_SERVICE_HOST", "10.0.0.11"),
         ("PORTICO_SERVICE_PORT", "6379"),
         ("PORTICO_SERVICE_PORT_HTTP", "80"),

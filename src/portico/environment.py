@@ -23,11 +23,9 @@ PREFIX: Final = "PORTICO_"
 CONFIG: Final = "PORTICO_CONFIG"
 """The variable that names the file with the settings."""
 
-OTHERS: Final = frozenset({CONFIG, "PORTICO_POLLER"})
-"""Variables of ours that are no settings."""
-
-INTERNAL: Final = "PORTICO__"
-"""What the variables begin with by which our processes tell each other something."""
+OTHERS: Final = frozenset({CONFIG, "PORTICO_HERITAGE", "PORTICO_POLLER"})
+"""Variables of ours that are no settings: the file, what a supervisor leaves to the next one, and
+how the green engine waits."""
 
 LINK: Final = re.compile(
     r"PORTICO_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?"
@@ -102,8 +100,7 @@ def _variable(*names: str) -> str:
 
 
 def _is_no_setting(variable: str, text: str) -> bool:
-    is_ours = variable in OTHERS or variable.startswith(INTERNAL)
-    return is_ours or LINK.fullmatch(f"{variable}={text}") is not None
+    return variable in OTHERS or LINK.fullmatch(f"{variable}={text}") is not None
 
 
 def _given(variable: str, name: str, text: str, *, is_general: bool) -> Given:
