@@ -84,8 +84,8 @@ class Channel:
 
 def _read(line: bytearray) -> Message | None:
     """Read a message; ``None`` if it is none."""
-    with suppress(ValueError):
-        message = json.loads(line)
-        if isinstance(message, dict) and isinstance(message.get("kind"), str):
-            return message
+    with suppress(ValueError, LookupError, TypeError):  # a handler may have written to it
+        message: Any = json.loads(line)
+        if isinstance(message["kind"], str):
+            return dict(message)
     return None

@@ -67,7 +67,7 @@ class Listeners:
         for each in self._heirlooms:
             each.close()
         self._heirlooms.clear()
-        taken = []
+        taken: list[str] = []
         for text, listener in self._open:
             heirloom = self._files.pop(id(listener), None)
             if heirloom is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from io import TextIOWrapper
 from typing import Final
 
@@ -42,15 +41,13 @@ class LogFile(logging.FileHandler):
             OSError: The file cannot be opened.
         """
         opened = self._open()
-        with self._guarded():
-            before, self.stream = self.stream, opened
-        if before is not None:  # pyright: ignore[reportUnnecessaryComparison]  # a closed handler
-            with suppress(OSError, ValueError):
-                before.close()
-
-    def _guarded(self) -> logging._RLock:  # type: ignore[name-defined]  # of typeshed
-        assert self.lock is not None
-        return self.lock
+        self.acquire()
+        try:
+            before = self.setStream(opened)
+        finally:
+            self.release()
+        if before is not None:
+            before.close()
 
     def _open(self) -> TextIOWrapper:
         return open(  # the handler closes it
