@@ -24,7 +24,12 @@ def path(tmp_path: Path) -> Path:
 @contextmanager
 def another_process() -> Iterator[int]:
     """A process that is alive, and does nothing."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    program = "print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has its own name from here on, and not that of its parent
         yield process.pid
         process.kill()
 

@@ -10,12 +10,11 @@ addresses); sd_watchdog_enabled(3); systemd.service(5), ``Type=notify-reload``.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -91,29 +90,6 @@ def take_sockets(environment: MutableMapping[str, str]) -> tuple[PassedSocket, .
     return tuple(each for each in passed if _is_kept_from_children(each.descriptor))
 
 
-def pass_on(sockets: Sequence[PassedSocket], environment: MutableMapping[str, str]) -> None:
-    """Leave sockets to the program that this very process is about to become, as systemd would.
-
-    To be called between fork(2) and execve(2), in a process with one thread: the descriptors from
-    3 on are replaced, whatever they are.
-
-    Args:
-        sockets: What to pass; their descriptors may be any.
-        environment: Where the variables are set.
-    """
-    if not sockets:
-        return
-    beyond = FIRST_DESCRIPTOR + len(sockets)
-    # First out of the way of each other: the place of one may be where another is.
-    copies = [_copy_from(each.descriptor, beyond) for each in sockets]
-    for place, copied in enumerate(copies, FIRST_DESCRIPTOR):
-        os.dup2(copied, place, inheritable=True)
-        os.close(copied)
-    environment["LISTEN_PID"] = str(os.getpid())
-    environment["LISTEN_FDS"] = str(len(sockets))
-    environment["LISTEN_FDNAMES"] = ":".join(each.name for each in sockets)
-
-
 def _is_kept_from_children(descriptor: int) -> bool:
     """Make a descriptor close-on-exec; false if there is no such descriptor."""
     with suppress(OSError):
@@ -121,11 +97,6 @@ def _is_kept_from_children(descriptor: int) -> bool:
         return True
     _log.warning("descriptor %d, which LISTEN_FDS counts, is not open", descriptor)
     return False
-
-
-def _copy_from(descriptor: int, least: int) -> int:
-    """Return a copy of a descriptor whose number is `least` or more."""
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, least)
 
 
 # ------------------------------------------------------------------------------- notifications
