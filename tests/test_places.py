@@ -4,9 +4,11 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from random import random
 from typing import Any
 
 import pytest
@@ -58,22 +60,38 @@ def is_readable(descriptor: int | None, seconds: float = 0.0) -> bool:
 # -------------------------------------------------------------------------- the limit, for all
 
 
+@pytest.fixture(params=["at full speed", "slowly"])
+def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have others do something between adding up and what follows from it."""
+    if request.param == "slowly":
+        taken: Any = SharedPlaces.taken
+
+        def look_and_sleep(self: SharedPlaces) -> int:
+            number: int = taken.fget(self)
+            time.sleep(random() / 10_000)
+            return number
+
+        monkeypatch.setattr(SharedPlaces, "taken", property(look_and_sleep))
+
+
+@pytest.mark.usefixtures("pace")
 def test_there_are_never_more_than_the_limit_however_many_hammer(counters: Counters) -> None:
     """For each place there is a token in a pipe: who has a place always finds one."""
-    limit, workers, rounds = 3, 4, 20_000
+    limit, workers, times = 2, 4, 400
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.write(writer, b"." * limit)
 
     def hammer(number: int) -> None:
         mine, admitted = places(counters, limit, number), 0
-        for _ in range(rounds):
+        while admitted < times:
             if mine.take():
                 os.read(reader, 1)  # raises if there are more than the limit
                 admitted += 1
+                time.sleep(random() / 10_000)
                 os.write(writer, b".")
                 mine.leave()
-        assert admitted
+            os.sched_yield()
 
     rows = [counters.claim() for _ in range(workers)]
     children = [forked(partial(hammer, number)) for number in rows]
@@ -84,9 +102,10 @@ def test_there_are_never_more_than_the_limit_however_many_hammer(counters: Count
     os.close(writer)
 
 
+@pytest.mark.usefixtures("pace")
 def test_one_of_those_who_come_at_the_same_moment_gets_the_last_place(counters: Counters) -> None:
     """They raise their cells, see each other, take back, and all of them could stay out."""
-    workers, rounds = 3, 1000
+    workers, rounds = 3, 500
     go, results, end = os.pipe(), os.pipe(), os.pipe()
 
     def come(number: int) -> None:
@@ -219,7 +238,7 @@ def test_what_was_open_already_has_a_place(counters: Counters) -> None:
     here.take_over(PEER)
     here.take_over(PEER)
     assert counters.column(1, Cell.PLACES).tolist() == [2]
-    here.lose(PEER)
+    here.leave(PEER)
     assert here.is_full
     here.leave(PEER)
     assert here.await_room() is None

@@ -22,16 +22,19 @@ from portico.traffic import (
     BASIC,
     COUNTED,
     FULL,
+    MOVED,
     RECEIVED,
     STILLNESS,
     TIMES,
     UNKNOWN,
     Traffic,
+    bytes_moved,
     bytes_received,
     idle_seconds,
     is_idle,
     look,
     read,
+    read_moved,
     with_activity,
 )
 from tests.support import Call, Client, RunningServer, eventually, reset
@@ -528,3 +531,83 @@ def test_of_other_sockets_nobody_knows_how_many_wait() -> None:
         assert traffic.connections_waiting(unix) is None
         assert traffic.connections_waiting(datagrams) is None
     assert traffic.connections_waiting(None) is None
+
+
+# ------------------------------------------------------------------- before a connection is closed
+
+
+@pytest.mark.parametrize("order", ["they end first", "we end first", "nobody ends", "only we end"])
+def test_what_has_moved_is_told_without_the_ends_of_the_streams(tcp: Pair, order: str) -> None:
+    ours, theirs = tcp
+    theirs.sendall(b"x" * 1000)
+    ours.sendall(b"y" * 50)
+    if order == "they end first":
+        theirs.shutdown(socket.SHUT_WR)
+        eventually(lambda: look(ours).received == 1001)
+    if order != "nobody ends":
+        ours.shutdown(socket.SHUT_WR)
+    if order == "we end first":
+        theirs.shutdown(socket.SHUT_WR)
+        eventually(lambda: look(ours).received == 1001)
+    eventually(lambda: look(ours).received in {1000, 1001})
+    assert bytes_moved(ours) == (1000, 50)
+    while ours.recv(100, socket.MSG_DONTWAIT) and look(ours).unread:
+        pass
+    assert bytes_moved(ours) == (1000, 50)
+
+
+def test_what_is_written_and_not_sent_has_moved_unless_it_never_will(tcp: Pair) -> None:
+    """The system goes on sending after the socket was closed, but not after a reset."""
+    ours, theirs = tcp
+    written = stuff(ours)
+    assert bytes_moved(ours) == (0, written)
+    ours.shutdown(socket.SHUT_WR)
+    assert bytes_moved(ours) == (0, written)
+    reset(theirs)
+    eventually(lambda: (bytes_moved(ours) or (0, 0))[1] < written)
+
+
+def test_an_end_that_comes_while_the_system_looks_is_no_byte(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The state was read first: that of before."""
+    answers = iter(
+        [
+            MOVED.pack(1, 10, 11, 0, 10, 0),
+            bytes([8]),
+            MOVED.pack(8, 10, 11, 0, 10, 0),
+        ]
+    )
+    monkeypatch.setattr(traffic, "_getsockopt", lambda *_: next(answers))
+    assert bytes_moved(None) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("state", "acknowledged", "received", "unsent", "data", "again", "moved"),
+    [
+        (1, 5, 9, 3, 7, 2, (9, 8)),  # established: 5 sent once, 3 to send
+        (4, 5, 9, 3, 5, 0, (9, 7)),  # our end waits to be sent
+        (4, 5, 9, 0, 5, 0, (9, 5)),  # it was sent
+        (8, 5, 9, 0, 5, 0, (8, 5)),  # theirs came
+        (7, 6, 9, 0, 5, 0, (8, 5)),  # both, and all is acknowledged
+        (7, 5, 9, 4, 5, 0, (9, 5)),  # reset
+        (8, 0, 0, 0, 0, 0, (0, 0)),  # what no kernel says
+    ],
+)
+def test_the_state_tells_which_ends_were_counted(
+    state: int,
+    acknowledged: int,
+    received: int,
+    unsent: int,
+    data: int,
+    again: int,
+    moved: tuple[int, int],
+) -> None:
+    info = MOVED.pack(state, acknowledged, received, unsent, data, again)
+    assert read_moved(info) == moved
+    assert read_moved(info[:-1]) is None
+
+
+def test_of_other_sockets_nobody_knows_what_has_moved(unix: Pair) -> None:
+    assert bytes_moved(unix[0]) is None
+    assert bytes_moved(object()) is None

@@ -10,8 +10,8 @@ When a worker has ended, however it did, whoever started it folds its row into o
 was counted stays, and what was under way is lost.  So the totals are exact, and never go down.
 
 A cell is eight bytes at a multiple of eight, which the processors that Python runs on read and
-write as one.  Cells are read while others write them: the numbers of a worker that is at work may
-be apart by the request that is being counted.
+write as one.  Cells are read while others write them, so different numbers of a worker that is at
+work may be those of different moments.
 
 Source: memfd_create(2); fcntl(2), "Advisory record locking", whose locks end with their process,
 and "File Sealing": without a seal whoever has the descriptor could end all with SIGBUS.
@@ -426,7 +426,7 @@ class Counters:
                 cells = self.cells(number, station)
                 if cells[Cell.PLACES] and station in self._bells:
                     rings.append(self._bells[station])
-                cells[Cell.LOST] += cells[Cell.ACTIVE]
+                cells[Cell.LOST] += Counts.read(cells).active
                 for cell in OF_THE_LIVING:
                     cells[cell] = 0
                 _fold(cells, self.cells(self.rows, station))

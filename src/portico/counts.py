@@ -18,15 +18,15 @@ from portico.events import RefusalReason
 class Cell(IntEnum):
     """What is counted of a station; the reasons of refusals follow (`refusal_cell`)."""
 
-    ACCEPTED = 0
-    ACTIVE = 1
-    FINISHED = 2
-    FAILED = 3
-    PEER_GONE = 4
-    CUT_OFF = 5
-    LOST = 6
-    RECEIVED = 7
-    SENT = 8
+    FINISHED = 0
+    FAILED = 1
+    PEER_GONE = 2
+    CUT_OFF = 3
+    LOST = 4
+    RECEIVED = 5
+    SENT = 6
+    ACCEPTED = 8
+    """After those that end what it begins."""
     PLACES = 9
     """Connections that have a place among `max_connections`; of a live worker alone."""
     AWAITS = 10
@@ -45,7 +45,7 @@ CELLS: Final = 24
 assert _FIRST_REASON + len(REASONS) <= CELLS, "there is a cell for each reason"
 
 _REFUSAL_CELLS: Final = {reason: _FIRST_REASON + at for at, reason in enumerate(REASONS)}
-OF_THE_LIVING: Final = (Cell.ACTIVE, Cell.PLACES, Cell.AWAITS)
+OF_THE_LIVING: Final = (Cell.PLACES, Cell.AWAITS)
 """Cells that mean nothing any more when a worker has ended."""
 
 
@@ -63,7 +63,7 @@ class Counts:
     """What was counted, at one address or in sum.
 
     ``accepted`` is the sum of ``refused``, ``active``, ``finished``, ``failed``, ``peer_gone``,
-    ``cut_off`` and ``lost`` whenever no worker is in the middle of counting.
+    ``cut_off`` and ``lost``.
 
     Attributes:
         accepted: Connections and datagrams that came in.
@@ -103,10 +103,14 @@ class Counts:
 
     @classmethod
     def read(cls, cells: Sequence[int]) -> Self:
-        """Read the cells of a station."""
+        """Read the cells of a station, which may be written meanwhile."""
+        # The ends first: a request that comes and goes meanwhile is then active, and not the
+        # contrary of that.
         refused = {reason: cells[cell] for reason, cell in _REFUSAL_CELLS.items()}
-        numbers = {name: cells[Cell[name.upper()]] for name in _NUMBERS}
-        return cls(**numbers, refused_by=MappingProxyType(refused))
+        numbers = {name: cells[cell] for name, cell in _NUMBER_CELLS.items()}
+        ended = sum(refused.values()) + sum(numbers[name] for name in _ENDS)
+        accepted = cells[Cell.ACCEPTED]
+        return cls(accepted, accepted - ended, **numbers, refused_by=MappingProxyType(refused))
 
     @classmethod
     def sum(cls, parts: Iterable[Counts]) -> Self:
@@ -121,6 +125,8 @@ class Counts:
         return cls(**numbers, refused_by=MappingProxyType(refused))
 
 
+_ENDS: Final = ("finished", "failed", "peer_gone", "cut_off", "lost")
+_NUMBER_CELLS: Final = {name: Cell[name.upper()] for name in (*_ENDS, "received", "sent")}
 _NUMBERS: Final = tuple(each.name for each in fields(Counts) if each.name != "refused_by")
 
 

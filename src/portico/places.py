@@ -227,31 +227,45 @@ class SharedGate(Gate):
         """
         if self.when_full is WhenFull.REFUSE:
             return True
-        with self.lock:
-            return self.places.reserve()
+        with self._lock:
+            self._take_back()
+            is_reserved = self.places.reserve()
+        self._settle()
+        return is_reserved
 
     def forgo(self) -> None:
         """Give back what `reserve` has taken, if nobody came for it."""
-        with self.lock:
+        with self._lock:
             self.places.forgo()
+        self._settle()
+
+    def leave(self, client_address: Any, peer: Any = None) -> None:
+        """Take the place of an admitted connection back, and at once: others want to know.
+
+        Never waits, as `Gate.leave`.
+        """
+        super().leave(client_address, peer)
+        self._settle()
 
     def await_room(self) -> int | None:
         """Return a descriptor that is readable as soon as there is a place; ``None`` if there is.
 
         Who waits for it looks again after `LOOK_AGAIN` seconds all the same.
         """
-        with self.lock:
+        with self._lock:
+            self._take_back()
             room = self._shared.begin_to_wait() if self.places.is_full else None
             if room is not None and not self.places.is_full:  # since it was looked at
                 room = None
-        if self._lost:
-            self._settle()
+        self._settle()
         return room
 
     def close(self) -> bool:
         """Say that nobody waits for room any more, and whether somebody did."""
-        with self.lock:
-            return self._shared.end_waiting()
+        with self._lock:
+            did_wait = self._shared.end_waiting()
+        self._settle()
+        return did_wait
 
 
 class SharingMixIn(_Base):

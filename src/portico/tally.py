@@ -17,7 +17,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
-from threading import Condition
+from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from portico.counts import NO_PREAMBLE, Cell, refusal_cell
@@ -28,7 +28,6 @@ from portico.events import (
     ConnectionAccepted,
     ConnectionClosed,
     ConnectionRefused,
-    Event,
     subscribe,
 )
 from portico.traffic import bytes_moved
@@ -51,6 +50,11 @@ CELL_OF: Final[Mapping[CloseReason, int]] = {
     CloseReason.NO_PREAMBLE: refusal_cell(NO_PREAMBLE),
 }
 """Where each end is counted."""
+
+# Plain numbers: to ask an enumeration costs as much as to count.
+_ACCEPTED: Final = int(Cell.ACCEPTED)
+_RECEIVED: Final = int(Cell.RECEIVED)
+_SENT: Final = int(Cell.SENT)
 
 RECORD: Final = Struct("=I B 3x Q Q")
 """What a child sends: its process, the cell of its end, bytes that came in and were written."""
@@ -94,31 +98,35 @@ class Counter:
         self._station = station
         # Guards the cells.  One for each server: a child that is forked by one acceptor must not
         # inherit a lock that another thread holds.
-        self._changed = Condition()
+        self._lock = Lock()
+        self._changed = Condition(self._lock)
         self._is_awaited = False
         server._guard.counter = self
-        self._unsubscribe = subscribe(
-            self._count, ConnectionAccepted, ConnectionRefused, ConnectionClosed
+        self._unsubscribe = (
+            subscribe(self._on_accepted, ConnectionAccepted),
+            subscribe(self._on_refused, ConnectionRefused),
+            subscribe(self._on_closed, ConnectionClosed),
         )
 
     @property
     def has_left_handlers(self) -> bool:
         """Whether handlers still run in threads of this process."""
-        return self._station.cells[Cell.ACTIVE] > 0
+        return self._station.counts.active > 0
 
     def close(self) -> None:
         """Count no more.  Callable again."""
-        self._unsubscribe()
+        for unsubscribe in self._unsubscribe:
+            unsubscribe()
         self._server._guard.counter = None
 
     def tally(self) -> Tally:
         """Say what the server did so far; after a drain, when what it ended has told so."""
         server, report = self._server, self._server.drain_report
-        with self._changed:
+        with self._lock:
             if report is not None:  # a connection is at its end a moment before it is told
                 left = server._guard.drain.stragglers if server._guard.drain else 0
                 self._is_awaited = True
-                self._changed.wait_for(lambda: self._station.cells[Cell.ACTIVE] <= left, LAST_WORDS)
+                self._changed.wait_for(lambda: self._station.counts.active <= left, LAST_WORDS)
             counts = self._station.counts
         served = counts.finished + counts.failed + counts.peer_gone
         cut_off = counts.cut_off + counts.active
@@ -137,36 +145,35 @@ class Counter:
     def note_child_end(self, process: int) -> None:
         """Do nothing: what a handler forks is its own."""
 
-    def _count(self, event: Event) -> None:
-        if event.server is not self._server:
-            return
-        match event:
-            case ConnectionAccepted():
-                with self._changed:
-                    cells = self._station.cells
-                    cells[Cell.ACCEPTED] += 1
-                    cells[Cell.ACTIVE] += 1
-            case ConnectionClosed(reason=reason):
-                self._end(CELL_OF[reason])
-            case ConnectionRefused(reason=refusal):
-                self._end(refusal_cell(refusal))
-            case _:
-                pass
+    def note_accepted(self) -> None:
+        """Count a request that came in."""
+        with self._lock:
+            self._station.cells[_ACCEPTED] += 1
 
-    def _add(self, received: int, sent: int) -> None:
-        with self._changed:
-            cells = self._station.cells
-            cells[Cell.RECEIVED] += received
-            cells[Cell.SENT] += sent
-
-    def _end(self, cell: int) -> None:
+    def note_end(self, cell: int) -> None:
         """Count the end of a request that was accepted."""
-        with self._changed:
-            cells = self._station.cells
-            cells[cell] += 1
-            cells[Cell.ACTIVE] -= 1
+        with self._lock:
+            self._station.cells[cell] += 1
             if self._is_awaited:
                 self._changed.notify_all()
+
+    def _on_accepted(self, event: ConnectionAccepted) -> None:
+        if event.server is self._server:
+            self.note_accepted()
+
+    def _on_closed(self, event: ConnectionClosed) -> None:
+        if event.server is self._server:
+            self.note_end(CELL_OF[event.reason])
+
+    def _on_refused(self, event: ConnectionRefused) -> None:
+        if event.server is self._server:
+            self.note_end(refusal_cell(event.reason))
+
+    def _add(self, received: int, sent: int) -> None:
+        with self._lock:
+            cells = self._station.cells
+            cells[_RECEIVED] += received
+            cells[_SENT] += sent
 
 
 class ForkingCounter(Counter):
@@ -192,7 +199,7 @@ class ForkingCounter(Counter):
     def close(self) -> None:
         """Count no more.  Callable again."""
         super().close()
-        with self._changed:
+        with self._lock:
             if self._reader >= 0:
                 os.close(self._reader)
                 os.close(self._writer)
@@ -222,11 +229,11 @@ class ForkingCounter(Counter):
 
     def note_child_end(self, process: int) -> None:
         """Count how a child's request has ended."""
-        with self._changed:
+        with self._lock:
             self._read_told()
             cell, received, sent = self._told.pop(process, (Cell.CUT_OFF, 0, 0))
         self._add(received, sent)
-        self._end(cell)
+        self.note_end(cell)
 
     def _read_told(self) -> None:
         if self._reader < 0:
@@ -236,9 +243,10 @@ class ForkingCounter(Counter):
                 for process, cell, received, sent in RECORD.iter_unpack(told):
                     self._told[process] = cell, received, sent
 
-    def _end(self, cell: int) -> None:
+    def note_end(self, cell: int) -> None:
+        """Count the end of a request, or have the parent of this child do so."""
         if not self._station.is_detached:
-            super()._end(cell)
+            super().note_end(cell)
         elif os.getppid() == self._process:  # and not what a handler has forked
             with suppress(OSError):  # nobody is left to read it
                 os.write(self._writer, RECORD.pack(os.getpid(), cell, *self._moved))

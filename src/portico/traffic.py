@@ -55,6 +55,8 @@ CLOSE: Final = 7
 """The state of a connection that both ends have ended, or one has reset."""
 PEER_ENDED: Final = frozenset({6, 8, 9, 11})
 """The states after the peer's end of the stream: TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING."""
+PEER_GOES_ON: Final = frozenset({1, 4, 5})
+"""Those before it: ESTABLISHED, FIN_WAIT1, FIN_WAIT2."""
 WE_ENDED: Final = frozenset({4, 5, 6, 9, 11})
 """The states after ours: FIN_WAIT1, FIN_WAIT2, TIME_WAIT, LAST_ACK, CLOSING."""
 
@@ -217,14 +219,24 @@ def bytes_received(sock: Any) -> int | None:
 def bytes_moved(sock: Any) -> tuple[int, int] | None:
     """Say how many bytes came in and were written, without the ends of the streams.
 
-    One system call, for a look at a connection that is about to be closed.  Callable from any
-    thread.
+    One or two system calls, for a look at a connection that is about to be closed.  Callable from
+    any thread.
 
     Returns:
         What came in, read or not; and what was written, sent or not, but without what a reset has
         kept from being sent.  ``None`` where the system does not tell.
     """
-    return read_moved(_tcp_info(sock, MOVED.size))
+    if TCP_INFO is None:
+        return None
+    try:
+        info = _getsockopt(sock, TCP, TCP_INFO, MOVED.size)
+        # The kernel reads the state before it stops the connection to read the rest: if the end of
+        # the peer's stream came in between, it is counted, and the state does not show it.
+        while info[0] in PEER_GOES_ON and _getsockopt(sock, TCP, TCP_INFO, 1) != info[:1]:
+            info = _getsockopt(sock, TCP, TCP_INFO, MOVED.size)
+    except (OSError, TypeError):  # of another kind, or closed; or no socket
+        return None
+    return read_moved(info)
 
 
 def read_moved(info: bytes) -> tuple[int, int] | None:

@@ -5,8 +5,8 @@ Source: RFC 5246, 7.4.2 (each certificate of a chain certifies the one before).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Final
 
 from portico.configuration import Configuration
@@ -134,7 +134,7 @@ def _of_reader(own: Papers, account: Account | None) -> Iterator[Finding]:
 
 
 def _day(moment: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(moment))
+    return datetime.fromtimestamp(moment, UTC).date().isoformat()
 
 
 RULES: Final = (papers,)
