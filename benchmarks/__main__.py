@@ -14,6 +14,7 @@ from benchmarks.report import Finding, render_text, table, write_results
 from benchmarks.rounds import measure
 from benchmarks.side_by_side import CannotCompare, compare
 from benchmarks.toolchain import MissingProgram, find_program
+from benchmarks.workers import compare_workers
 from benchmarks.works import WORKS, Scale
 
 RESULTS = Path(__file__).parent / "results"
@@ -166,6 +167,37 @@ def compare_servers(
         ratios.append(comparison.ratio)
     if at_most is not None and max(ratios) > at_most:
         raise click.ClickException(f"above {at_most:g}")
+
+
+@main.command()
+@click.option("--engine", default="green", show_default=True, help="What runs the handlers.")
+@click.option("--pairs", type=click.IntRange(1, 1000), default=5, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.05, 60),
+    default=1.0,
+    show_default=True,
+    help="How long a turn takes.",
+)
+@python_option
+def workers(engine: str, pairs: int, seconds: float, python: str) -> None:
+    """Say what two workers do beside one, on all cores: the load needs some of them, too."""
+    for title, handler, load, connections in (
+        ("1 ms of computing, a connection each", "compute", "connections", 16),
+        ("1 ms of computing, on connections that stay", "compute", "messages", 64),
+        ("echo, on connections that stay", "echo", "messages", 64),
+        ("echo, a connection each", "echo", "connections", 64),
+    ):
+        finding = compare_workers(
+            engine,
+            handler,
+            load,
+            connections=connections,
+            pairs=pairs,
+            seconds=seconds,
+            python=python,
+        )
+        click.echo(f"{title}: {finding}")
 
 
 @main.command()

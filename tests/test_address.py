@@ -6,8 +6,10 @@ import pytest
 
 from portico.address import (
     UNIX_PATH_SIZE,
+    DescriptorAddress,
     InternetAddress,
     Scheme,
+    SystemdAddress,
     UnixAddress,
     from_socket_name,
     parse,
@@ -86,7 +88,9 @@ def test_a_unix_path_is_read(
 
 
 def test_a_scheme_says_which_sockets_it_is_for() -> None:
-    kinds = {scheme: (scheme.is_unix, scheme.socket_type) for scheme in Scheme}
+    kinds = {
+        scheme: (scheme.is_unix, scheme.socket_type) for scheme in Scheme if not scheme.is_inherited
+    }
     assert kinds == {
         Scheme.TCP: (False, socket.SOCK_STREAM),
         Scheme.TLS: (False, socket.SOCK_STREAM),
@@ -97,17 +101,52 @@ def test_a_scheme_says_which_sockets_it_is_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected", "is_tls"),
+    [
+        ("systemd:web", SystemdAddress(Scheme.SYSTEMD, "web"), False),
+        ("systemd:portico.socket", SystemdAddress(Scheme.SYSTEMD, "portico.socket"), False),
+        ("SYSTEMD+TLS:web", SystemdAddress(Scheme.SYSTEMD_TLS, "web"), True),
+        ("fd://3", DescriptorAddress(Scheme.DESCRIPTOR, 3), False),
+        ("fd+tls://0", DescriptorAddress(Scheme.DESCRIPTOR_TLS, 0), True),
+    ],
+)
+def test_an_inherited_socket_is_known_by_its_name_or_its_number(
+    text: str, expected: SystemdAddress | DescriptorAddress, is_tls: bool
+) -> None:
+    address = parse(text)
+    assert address == expected
+    assert str(address) == text.lower()
+    assert (address.scheme.is_inherited, address.scheme.is_tls) == (True, is_tls)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         # The scheme.
-        ("", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
+        (
+            "",
+            "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH, unix-datagram:PATH",
+        ),
         ("http://localhost:80", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT"),
         ("127.0.0.1:9000", "tcp://127.0.0.1:9000 or udp://127.0.0.1:9000"),
         ("[::1]:9000", "tcp://[::1]:9000 or udp://[::1]:9000"),
         (":9000", "tcp://:9000 or udp://:9000"),
         ("9000", "tcp://:9000 or udp://:9000"),
         ("/run/a.sock", "unix:/run/a.sock or unix-datagram:/run/a.sock"),
-        ("/", "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"),
+        (
+            "/",
+            "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH, unix-datagram:PATH",
+        ),
+        # What is inherited.
+        ("systemd:", "systemd:NAME, with the FileDescriptorName= of a .socket unit, such as syst"),
+        ("systemd://web", "systemd:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("systemd+tls:a:b", "systemd+tls:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("systemd:a\nb", "systemd:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("systemd:" + "a" * 256, "systemd:NAME, with the FileDescriptorName= of a .socket unit"),
+        ("fd:3", "fd://NUMBER, with the number of a descriptor, such as fd://3"),
+        ("fd://", "fd://NUMBER, with the number of a descriptor, such as fd://3"),
+        ("fd://03", "fd://NUMBER, with the number of a descriptor"),
+        ("fd+tls://-1", "fd+tls://NUMBER, with the number of a descriptor, such as fd+tls://3"),
         # The port.
         ("tcp", "tcp://HOST:PORT, or tcp://:PORT"),
         ("tcp:/x", "tcp://HOST:PORT, or tcp://:PORT"),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import logging
 import re
@@ -18,11 +17,11 @@ from click.testing import CliRunner
 
 import portico
 from portico import cli, events, program, service, swap
-from portico.address import parse
+from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
 from portico.lifecycle import DrainReport
+from portico.notation import NOTATIONS
 from portico.service import Tally
-from portico.settings import Settings
 from tests.support import recorded
 
 HANDLER = "portico:BaseRequestHandler"
@@ -30,8 +29,12 @@ LOOPBACK = "tcp://127.0.0.1:0"
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a command changes in its process is put back, or not changed at all."""
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a command changes in its process is put back, or not changed at all.
+
+    It runs in a directory of its own, so that no file of settings is found but the test's.
+    """
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, "raise_descriptor_limit", lambda: None)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     log = logging.getLogger("portico")
@@ -65,7 +68,7 @@ def test_the_version_is_the_packages() -> None:
     assert (result.exit_code, result.output) == (0, f"portico {portico.__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["run"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["doctor"], ["check"], ["run"]])
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_every_command_explains_itself(command: list[str], option: str) -> None:
     result = CliRunner().invoke(cli.commands, [*command, option])
@@ -80,8 +83,8 @@ def test_every_command_explains_itself(command: list[str], option: str) -> None:
     [
         (["--no-such"], "No such option"),
         (["no-such"], "No such command 'no-such'"),
-        (["serve"], "Missing argument 'TARGET'"),
         (["serve", HANDLER], "Missing argument 'ADDRESS...'"),
+        (["check", HANDLER], "Missing argument 'ADDRESS...'"),
         (["serve", HANDLER, LOOPBACK, "--engine", "no"], "'no' is not one of 'threads', 'forks'"),
         (["serve", HANDLER, LOOPBACK, "--log-level", "no"], "'no' is not one of 'debug', 'info'"),
         (["run"], "Missing argument 'PROGRAM'"),
@@ -173,6 +176,23 @@ def test_an_interrupt_before_there_is_anything_to_stop_ends_the_command(
             [HANDLER, LOOPBACK, "--proxy-protocol", "x"],
             "proxy_protocol='x': expected networks such",
         ),
+        ([HANDLER, LOOPBACK, "--backlog", "x"], "backlog='x': expected a whole number"),
+        ([HANDLER, LOOPBACK, "--accept-rate", "0"], "accept_rate=0.0: expected a number of conne"),
+        ([HANDLER, LOOPBACK, "--minimum-rate", "x"], "minimum_rate='x': expected a number of byte"),
+        (
+            [HANDLER, LOOPBACK, "--workers", "some"],
+            "workers='some': expected a whole number, 'auto', or none",
+        ),
+        ([HANDLER, LOOPBACK, "--workers", "0"], "workers=0: expected 1 to 1024, 'auto', or None"),
+        (
+            [HANDLER, LOOPBACK, "--max-worker-memory", "5 lb"],
+            "max_worker_memory='5 lb': expected a number of bytes, or a size such as '512 MiB'",
+        ),
+        ([HANDLER, LOOPBACK, "--allow", "none", "--allow", "::1"], "allowed_networks='none': exp"),
+        ([HANDLER, LOOPBACK, "--config", "no.toml"], "no.toml: cannot read it: No such file or"),
+        ([HANDLER, LOOPBACK, "--service", "web"], "expected no TARGET beside --service"),
+        (["--service", "web"], "service='web': expected 'portico'"),
+        ([], "nothing to serve: expected TARGET ADDRESS..., or a file portico.toml here (or [tool"),
         # The line stays one line.
         ([HANDLER, "unix:/no/su\nch/a.sock"], "cannot listen on unix:/no/su ch/a.sock: there is"),
     ],
@@ -229,6 +249,10 @@ def test_a_server_has_as_many_hubs_as_were_asked_for() -> None:
         ),
         (["--when-full", "shed"], {"when_full": "shed"}),
         (["--engine", "pool", "--max-workers", "3"], {"max_workers": 3}),
+        (["--backlog", "7", "--minimum-rate", "9"], {"request_queue_size": 7, "minimum_rate": 9}),
+        (["--accept-rate", "5", "--accept-burst", "8"], {"accept_rate": 5, "accept_burst": 8}),
+        (["--farewell", "bye"], {"farewell": b"bye"}),
+        (["--allow", "none"], {"allowed_networks": None}),
     ],
 )
 def test_a_server_has_the_limits_that_were_asked_for(
@@ -269,10 +293,141 @@ def test_networks_may_be_named_again_and_again() -> None:
 
 def test_every_option_that_is_not_given_leaves_the_default_to_the_settings() -> None:
     given = cli.commands.commands["serve"].make_context("serve", [HANDLER, LOOPBACK]).params
-    own = {"target_name", "address_texts", "log_level", "engine"}
-    names = {field.name for field in dataclasses.fields(Settings)}
-    assert set(given) - own <= names
+    own = {"target_name", "address_texts", "config", "services", "reload"}
+    assert set(given) - own == set(NOTATIONS) - {"target", "addresses"}
     assert {given[name] for name in set(given) - own} <= {None, ()}
+
+
+FILE = f"""
+idle_timeout = 7
+drain_timeout = 0
+[services.web]
+target = "{HANDLER}"
+addresses = "{LOOPBACK}"
+[services.names]
+target = "{HANDLER}"
+addresses = ["udp://127.0.0.1:0", "unix:a.sock"]
+idle_timeout = 8
+"""
+
+
+def serving(*arguments: str) -> set[tuple[str, float]]:
+    """Serve until a signal; the kinds of the servers, and how long a connection may be idle."""
+    servers: list[Any] = []
+
+    def note(event: events.ServerStarted) -> None:
+        servers.append(event.server)
+        if len(servers) == arguments.count("--service") or len(servers) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    unsubscribe = events.subscribe(note, events.ServerStarted)
+    try:
+        assert status("serve", *arguments) == 0
+    finally:
+        unsubscribe()
+    return {(str(each.address.scheme), each.idle_timeout) for each in servers}
+
+
+def test_a_file_says_what_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "portico.toml").write_text(FILE)
+    assert serving() == {("tcp", 7), ("udp", None), ("unix", 8)}
+    assert serving("--service", "web") == {("tcp", 7)}
+    monkeypatch.setenv("PORTICO_IDLE_TIMEOUT", "9")
+    assert serving() == {("tcp", 9), ("udp", None), ("unix", 9)}
+    assert serving("--idle-timeout", "10") == {("tcp", 10), ("udp", None), ("unix", 10)}
+
+
+def test_a_variable_may_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.toml").write_text(FILE)
+    monkeypatch.setenv("PORTICO_CONFIG", "a.toml")
+    assert serving("--service", "web") == {("tcp", 7)}
+
+
+# ----------------------------------------------------------------------------------------- check
+
+
+def test_a_check_shows_what_would_run_and_opens_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "portico.toml").write_text(FILE)
+    monkeypatch.setenv("PORTICO_WEB_BACKLOG", "5")
+    monkeypatch.setattr("portico.service.open_listener", lambda *_: pytest.fail("it is opened"))
+    assert status("check", "--drain-timeout", "3", "--service", "web") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [" ".join(line.split()) for line in out.splitlines()] == [
+        "# One process serves.",
+        'workers = "none" # default',
+        "",
+        "[services.web]",
+        f'target = "{HANDLER}" # portico.toml: services.web.target',
+        f'addresses = ["{LOOPBACK}"] # portico.toml: services.web.addresses',
+        'engine = "threads" # default',
+        "backlog = 5 # PORTICO_WEB_BACKLOG",
+        "idle_timeout = 7 # portico.toml: idle_timeout",
+        "drain_timeout = 3.0 # --drain-timeout",
+    ]
+
+
+def test_a_check_shows_the_defaults_if_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("check", HANDLER, LOOPBACK, "--all") == 0
+    out = capsys.readouterr().out
+    assert {line.split()[0] for line in out.splitlines() if " = " in line} == {
+        name for name in NOTATIONS if name != "client_certificates"
+    }
+    (target,) = (line for line in out.splitlines() if line.startswith("target"))
+    assert target.endswith("# the command line")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('idle_timeout = "x"', 'portico.toml: idle_timeout = "x": expected a number of seconds'),
+        (
+            'target = "no_such:Echo"\naddresses = "tcp://:1"',
+            "portico.toml: target: cannot serve 'no_such:Echo': there is no module 'no_such'",
+        ),
+        (
+            'target = "portico:DatagramRequestHandler"\naddresses = "tcp://:1"',
+            "portico.toml: target: cannot serve 'portico:DatagramRequestHandler': it handles data",
+        ),
+        (
+            f'target = "{HANDLER}"\naddresses = "tls://:1"\ncert = "/no/such.pem"',
+            "portico.toml: cert: /no/such.pem: no such file",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_what_cannot_be_served_is_told_with_its_place_in_the_file(
+    command: str, text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "portico.toml").write_text(text)
+    assert status(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"portico: error: {expected}")
+    assert err.count("\n") == 1
+
+
+def test_a_check_does_without_what_is_passed_later(capsys: pytest.CaptureFixture[str]) -> None:
+    """Systemd passes its sockets to the service, and not to whoever checks it."""
+    assert status("check", HANDLER, "systemd:web", "fd://3", LOOPBACK) == 0
+    assert 'addresses = ["systemd:web", "fd://3", ' in capsys.readouterr().out
+
+
+def test_a_user_who_is_not_there_is_told_with_the_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "portico.toml").write_text('user = "no such user"\n' + FILE)
+    assert status("serve") == 2
+    expected = 'portico: error: portico.toml: user = "no such user": expected '
+    assert capsys.readouterr().err.startswith(expected)
+
+
+def test_a_check_need_not_import_the_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine where they are not installed."""
+    assert status("check", "no_such:Echo", LOOPBACK, "--no-import") == 0
+    assert 'target = "no_such:Echo"' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("stop_when_serving")
@@ -296,7 +451,10 @@ def test_each_of_several_servers_says_what_it_did(
 ) -> None:
     path = f"unix:{tmp_path}/a.sock"
     report = DrainReport(4, 2, 1, 1, 1.23, 0.94)
-    tallies = [Tally(parse(LOOPBACK), 3, 0, 1, report), Tally(parse(path), 1, 2, 0)]
+    tallies = [
+        Tally(InternetAddress(Scheme.TCP, "127.0.0.1", 0), 3, 0, 1, report),
+        Tally(UnixAddress(Scheme.UNIX, f"{tmp_path}/a.sock"), 1, 2, 0),
+    ]
     monkeypatch.setattr(service.Service, "run", lambda _: tallies)
     assert status("serve", HANDLER, LOOPBACK, path) == 0
     lines = capsys.readouterr().err.splitlines()

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from portico import address, diagnosis, listener
+from portico import address, diagnosis, exclusion, listener, socketfile
 from portico.address import Scheme
 from portico.errors import ListenerError, PorticoError
 from portico.holders import Holder
-from portico.listener import SocketFile
 from portico.place import Place
+from portico.socketfile import SocketFile
 
 STREAM, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
@@ -177,7 +177,7 @@ def test_the_file_of_a_unix_socket_is_for_its_owner_alone(unix: Place, no_umask:
 def test_where_a_socket_has_no_mode_the_umask_takes_its_place(path: Path, no_umask: None) -> None:
     """As on the systems that do not pass the socket's mode on to the file."""
     with socket.socket(socket.AF_UNIX) as made:
-        with listener._narrow_mode(made, by_socket=False):
+        with socketfile.narrow_mode(made, by_socket=False):
             made.bind(str(path))
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.umask(0) == 0
@@ -267,7 +267,7 @@ def test_a_dead_server_is_replaced_although_its_directory_cannot_be_locked(
     path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
 ) -> None:
     """A cleaner of temporary files may be kept away with the same lock, for ever."""
-    monkeypatch.setattr(listener, "LOCK_PATIENCE", 0.02)
+    monkeypatch.setattr(exclusion, "LOCK_PATIENCE", 0.02)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     descriptor = os.open(path.parent, os.O_RDONLY)
@@ -374,7 +374,7 @@ def test_the_first_port_for_everybody_is_the_kernels(monkeypatch: pytest.MonkeyP
     assert diagnosis._first_unprivileged_port() == 1024
 
 
-@pytest.mark.parametrize("scheme", [*Scheme])
+@pytest.mark.parametrize("scheme", [each for each in Scheme if not each.is_inherited])
 def test_an_address_in_use_names_the_process(scheme: Scheme, path: Path) -> None:
     program = (
         "import socket, sys;"

@@ -45,7 +45,7 @@ def serving(*texts: str, handler: Any = Echo, **settings: Any) -> Service:
     return Service([service.Assignment(handler, each, shared) for each in addresses])
 
 
-def done(tally: Tally) -> tuple[address.Address, int, int, int]:
+def done(tally: Tally) -> tuple[address.BoundAddress, int, int, int]:
     """What a server did, without what became of the connections at its stop."""
     return tally.address, tally.served, tally.refused, tally.cut_off
 
@@ -71,7 +71,7 @@ def running(made: Service) -> Iterator[Future[list[Tally]]]:
             made.stop()
 
 
-def connect(where: address.Address) -> socket.socket:
+def connect(where: address.BoundAddress) -> socket.socket:
     if isinstance(where, UnixAddress):
         client = socket.socket(socket.AF_UNIX)
         client.connect(where.socket_address)

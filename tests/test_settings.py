@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from portico import address
 from portico.engines import ENGINES
 from portico.errors import SettingError
+from portico.options import flag
 from portico.settings import (
     AUTO,
     MOST_CONNECTIONS,
@@ -23,6 +24,7 @@ from portico.settings import (
     connection_limit,
     peer_limit,
 )
+from portico.socketfile import FileAccess
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "settings.md"
@@ -60,6 +62,13 @@ def test_none_means_no_limit(name: str) -> None:
         ({"engine": "pool", "max_workers": True}, "max_workers=True: expected 1 or more"),
         ({"backlog": 0}, "backlog=0: expected 1 or more"),
         ({"backlog": None}, "backlog=None: expected 1 or more"),
+        ({"socket_mode": 660}, 'socket_mode=660: expected a mode in octal, such as "0660"'),
+        ({"socket_mode": "rw"}, "socket_mode='rw': expected a mode in octal"),
+        ({"socket_mode": "01777"}, "socket_mode='01777': expected a mode in octal"),
+        ({"socket_mode": -1}, "socket_mode=-1: expected a mode in octal"),
+        ({"socket_mode": True}, "socket_mode=True: expected a mode in octal"),
+        ({"socket_owner": ""}, "socket_owner='': expected a name, a number from 0 to 4294967294"),
+        ({"socket_group": -1}, "socket_group=-1: expected a name, a number from 0 to 4294967294"),
         ({"max_connections": 0}, "max_connections=0: expected 1 or more, 'auto', or None for no"),
         ({"max_connections": "many"}, "max_connections='many': expected 1 or more, 'auto', or N"),
         ({"max_connections_per_peer": 1.5}, "max_connections_per_peer=1.5: expected 1 or more"),
@@ -207,5 +216,38 @@ def test_every_setting_has_a_row_on_its_page_with_its_default() -> None:
     }
 
 
+def test_every_setting_has_a_row_on_its_page_with_its_option() -> None:
+    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert {row[0].strip("| `"): row[2].strip("` ") for row in rows} == {
+        name: flag(name) for name in NAMES
+    }
+
+
 def test_the_paths_are_what_programs_have() -> None:
     assert os.fspath(Settings(cert=Path("a.pem")).cert or "") == "a.pem"
+
+
+@pytest.mark.parametrize("mode", ["660", "0660", "0o660", 0o660])
+def test_the_mode_of_a_socket_is_octal_in_any_spelling(mode: str | int) -> None:
+    settings = Settings(socket_mode=mode)
+    assert settings.socket_mode == "0660"
+    assert settings.socket_access() == FileAccess(0o660)
+
+
+def test_who_has_a_socket_is_looked_up_when_it_is_made() -> None:
+    """And not before: a file of settings can be checked on another machine."""
+    settings = Settings(socket_owner="root", socket_group=0)
+    assert settings.socket_access() == FileAccess(0o600, 0, 0)
+    unknown = Settings(socket_owner="no such user")
+    with pytest.raises(SettingError, match=r"^socket_owner='no such user': expected the name"):
+        unknown.socket_access()
+    unknown = Settings(socket_group="no such group")
+    with pytest.raises(SettingError, match=r"^socket_group='no such group': expected the name"):
+        unknown.socket_access()
+
+
+@pytest.mark.parametrize("text", ["systemd+tls:web", "fd+tls://3"])
+def test_tls_on_an_inherited_socket_needs_a_certificate_too(text: str) -> None:
+    with pytest.raises(SettingError, match=r"^cert=None: .* for (systemd|fd)\+tls:"):
+        Settings().check_addresses([address.parse(text)])
+    Settings(cert="a.pem").check_addresses([address.parse(text)])

@@ -123,6 +123,16 @@ def test_a_file_may_be_called_like_a_module_that_is_there(folder: Path) -> None:
     assert sys.modules[found.__module__].Echo is found
 
 
+@pytest.mark.parametrize("name", ["application.py", "socket.py"])
+def test_handlers_of_one_file_share_its_module(folder: Path, name: str) -> None:
+    """Services that name the same file serve the same data."""
+    (folder / name).write_text(PROGRAM)
+    handlers: list[Any] = [target.load(f"{place}:Echo") for place in (name, f"./{name}")]
+    handlers.append(target.load(f"{folder / name}:Echo.Inner"))
+    assert handlers[0] is handlers[1]
+    assert handlers[0].Inner is handlers[2]
+
+
 def test_a_callable_object_is_a_handler(folder: Path) -> None:
     (folder / "application.py").write_text(
         "from functools import partial\n"

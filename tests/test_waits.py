@@ -8,13 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portico import waits
-from portico.waits import CALLS, POLLFD, thread_activity, thread_waits_in_read
+from portico.waits import (
+    CALLS,
+    POLLFD,
+    thread_activity,
+    thread_waits_in_read,
+    thread_waits_in_write,
+)
 from tests.support import PATIENCE, eventually
 
 pytestmark = pytest.mark.skipif(
@@ -283,3 +290,34 @@ def test_a_thread_that_is_blocked_shows_no_activity_until_it_goes_on(pair: Pair)
 
 def test_nobody_knows_the_activity_of_a_thread_that_is_not_there() -> None:
     assert thread_activity(2**30) is None
+
+
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+def test_a_thread_whose_peer_takes_no_bytes_waits_in_a_write(
+    pair: Pair, timeout: float | None
+) -> None:
+    ours, theirs = pair
+    ours.settimeout(timeout)
+    end = partial(received_until_closed, theirs)
+    with running(lambda: fill(ours), end) as thread:
+        settled(thread)
+        assert thread_waits_in_write(thread, ours.fileno()) is True
+        assert thread_waits_in_read(thread, ours.fileno()) is False
+        assert thread_waits_in_write(thread, theirs.fileno()) is False
+
+
+def test_one_that_reads_does_not_wait_in_a_write(pair: Pair) -> None:
+    ours, theirs = pair
+    with running(lambda: ours.recv(1), theirs.close) as thread:
+        settled(thread)
+        assert thread_waits_in_write(thread, ours.fileno()) is False
+
+
+def fill(sock: socket.socket) -> None:
+    sock.sendall(b"x" * (1 << 22))
+    sock.close()
+
+
+def received_until_closed(sock: socket.socket) -> None:
+    while sock.recv(1 << 16):
+        pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import selectors
 import signal
 import socket
@@ -21,6 +22,8 @@ from typing import Any, Final, Protocol, Self
 
 # poll(2) has no limit on descriptor numbers and, unlike epoll, needs no descriptor itself.
 _ServerSelector: type[selectors.BaseSelector] = selectors.PollSelector
+
+HAS_EXCLUSIVE: Final = hasattr(select, "EPOLLEXCLUSIVE")
 
 FIRST_PAUSE: Final = 0.1
 """Seconds without accepting after the system ran out of descriptors or memory.
@@ -90,6 +93,11 @@ def is_open(listener: Listener) -> bool:
         return False
     except AttributeError:  # a program's own selector may need no descriptor
         return True
+
+
+def is_shared(listener: Listener) -> bool:
+    """Say whether other processes wait for the same listener, which a server knows of its own."""
+    return getattr(listener, "shares_listener", False) is True
 
 
 def is_ready(listener: Listener) -> bool:
@@ -231,6 +239,49 @@ def run_signal_handlers() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+class SharedSelector:
+    """Waits for a listener that other processes wait for, too: the system wakes one of them.
+
+    A poll(2) of it would wake all, for each client.  Like a selector, as far as `Acceptor` goes.
+
+    Source: epoll_ctl(2), ``EPOLLEXCLUSIVE``.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._keys: dict[int, selectors.SelectorKey] = {}
+
+    def register(self, fileobj: Any, events: int, *, is_shared: bool = False) -> None:
+        """Wait for what is readable.
+
+        Raises:
+            ValueError: It is closed.
+        """
+        number = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if number < 0:
+            raise ValueError(f"Invalid file descriptor: {number}")
+        self._epoll.register(number, select.EPOLLIN | (select.EPOLLEXCLUSIVE if is_shared else 0))
+        self._keys[number] = selectors.SelectorKey(fileobj, number, events, None)
+
+    def select(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return what is readable, after so many seconds at the most."""
+        found = self._epoll.poll(timeout if timeout is None or timeout > 0 else 0)
+        return [(self._keys[number], selectors.EVENT_READ) for number, _ in found]
+
+    def close(self) -> None:
+        """Wait for nothing any more.
+
+        Taken out one by one: a child that was forked for a request has a copy of the epoll object,
+        which would stay among those that the system may choose to wake.
+        """
+        for number in self._keys:
+            try:
+                self._epoll.unregister(number)
+            except OSError:  # it was closed first
+                pass
+        self._epoll.close()
+
+
 class Acceptor:
     """One wait after another for a listener, in one thread."""
 
@@ -246,12 +297,17 @@ class Acceptor:
         self.thread = threading.get_ident()
         self.wakeup = wakeup
         self.misses_signals = wakeup is not None and wakeup.misses_signals
+        self._shared = listener if HAS_EXCLUSIVE and is_shared(listener) else None
+        self._selector: Any
         try:
-            self._selector = _ServerSelector()
+            self._selector = _ServerSelector() if self._shared is None else SharedSelector()
             try:
                 if wakeup is not None:
                     self._selector.register(wakeup, selectors.EVENT_READ)
-                self._selector.register(listener, selectors.EVENT_READ)
+                if self._shared is None:
+                    self._selector.register(listener, selectors.EVENT_READ)
+                else:
+                    self._selector.register(listener, selectors.EVENT_READ, is_shared=True)
             except BaseException:
                 self._selector.close()
                 raise
@@ -303,11 +359,16 @@ class Acceptor:
         """
         ready = False
         wakeup = self.wakeup
-        for key, _ in self._selector.select(timeout):
+        found = self._selector.select(timeout)
+        for key, _ in found:
             if wakeup is not None and key.fileobj is wakeup:
                 wakeup.clear()
             elif key.fileobj is not self._beside:
                 ready = True
+        if not found and self._shared is not None:
+            # The one that the system woke for a client may have ended, or be held by a handler,
+            # before it accepted; nobody else is woken for that client.
+            return is_ready(self._shared)
         return ready
 
     def rest(self, pause: Pause, timeout: float | None) -> bool:

@@ -13,9 +13,14 @@ port or a path can be had is for `portico.listener` to find out.  The notation::
     unix:/run/echo.sock        a path; unix:///run/echo.sock is another spelling
     unix:@echo                 a name in Linux's abstract namespace
     unix-datagram:...          the same for datagrams
+    systemd:web                the sockets that systemd passes under this name, of whatever kind
+    systemd+tls:web            the same, and TLS is spoken over them
+    fd://3                     a socket that this process was started with, by its descriptor
+    fd+tls://3                 the same, and TLS is spoken over it
 
-Sources: RFC 3986, 3.2.2 (brackets around IPv6); RFC 4007, 11 (the interface after ``%``);
-RFC 1123, 2.1 (host names); unix(7) (abstract names, the length of a path).
+Sources: RFC 3986, 3.1 (a ``+`` in a scheme), 3.2.2 (brackets around IPv6); RFC 4007, 11 (the
+interface after ``%``); RFC 1123, 2.1 (host names); unix(7) (abstract names, the length of a path);
+sd_listen_fds(3) (the names of passed sockets).
 """
 
 from __future__ import annotations
@@ -34,8 +39,13 @@ from portico.errors import AddressError
 UNIX_PATH_SIZE = 107 if sys.platform == "linux" else 103
 """Bytes that a Unix path, or an abstract name, may have: ``sun_path`` without its last byte."""
 
-_SCHEMES = "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH or unix-datagram:PATH"
+_SCHEMES = (
+    "tcp://HOST:PORT, tls://HOST:PORT, udp://HOST:PORT, unix:PATH, unix-datagram:PATH, "
+    "systemd:NAME or fd://NUMBER"
+)
 _HOST_AND_PORT = re.compile(r"//(?:\[([^\[\]]*)\]|([^:\[\]]*)):([0-9]{1,5})")
+_PASSED_NAME = re.compile(r"[!-9;-~](?:[ -9;-~]{0,253}[!-9;-~])?")
+_DESCRIPTOR = re.compile(r"//(0|[1-9][0-9]{0,6})")
 _INTERFACE = re.compile(r"[A-Za-z0-9._-]{1,15}")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
@@ -44,13 +54,27 @@ _ENDS_IN_A_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?")
 
 
 class Scheme(StrEnum):
-    """What an address begins with: the kind of server that listens there."""
+    """What an address begins with: the kind of server that listens there, or who knows it."""
 
     TCP = "tcp"
     TLS = "tls"
     UDP = "udp"
     UNIX = "unix"
     UNIX_DATAGRAM = "unix-datagram"
+    SYSTEMD = "systemd"
+    SYSTEMD_TLS = "systemd+tls"
+    DESCRIPTOR = "fd"
+    DESCRIPTOR_TLS = "fd+tls"
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether somebody else opens its sockets: only they can tell of what kind they are."""
+        return self in _INHERITED
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether TLS is spoken there."""
+        return self in {Scheme.TLS, Scheme.SYSTEMD_TLS, Scheme.DESCRIPTOR_TLS}
 
     @property
     def is_unix(self) -> bool:
@@ -66,6 +90,11 @@ class Scheme(StrEnum):
     def socket_type(self) -> socket.SocketKind:
         """Streams or datagrams."""
         return socket.SOCK_DGRAM if self.is_datagram else socket.SOCK_STREAM
+
+
+_INHERITED = frozenset(
+    {Scheme.SYSTEMD, Scheme.SYSTEMD_TLS, Scheme.DESCRIPTOR, Scheme.DESCRIPTOR_TLS}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +159,42 @@ class UnixAddress:
         return f"{self.scheme}:{self.path}"
 
 
-Address: TypeAlias = InternetAddress | UnixAddress
+@dataclass(frozen=True, slots=True)
+class SystemdAddress:
+    """The sockets that systemd passes under a name; there may be several, of different kinds.
+
+    Attributes:
+        scheme: `Scheme.SYSTEMD` or `Scheme.SYSTEMD_TLS`.
+        name: ``FileDescriptorName=`` of their units.
+    """
+
+    scheme: Scheme
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorAddress:
+    """A socket that the process was started with.
+
+    Attributes:
+        scheme: `Scheme.DESCRIPTOR` or `Scheme.DESCRIPTOR_TLS`.
+        descriptor: The number of its descriptor.
+    """
+
+    scheme: Scheme
+    descriptor: int
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.descriptor}"
+
+
+BoundAddress: TypeAlias = InternetAddress | UnixAddress
+"""What a socket is bound to."""
+
+Address: TypeAlias = BoundAddress | SystemdAddress | DescriptorAddress
 
 
 def parse(text: str) -> Address:
@@ -147,6 +211,10 @@ def parse(text: str) -> Address:
     try:
         if scheme.is_unix:
             return UnixAddress(scheme, _read_path(rest))
+        if scheme in {Scheme.SYSTEMD, Scheme.SYSTEMD_TLS}:
+            return SystemdAddress(scheme, _read_passed_name(rest))
+        if scheme in {Scheme.DESCRIPTOR, Scheme.DESCRIPTOR_TLS}:
+            return DescriptorAddress(scheme, _read_descriptor(rest))
         return InternetAddress(scheme, *_read_host_and_port(rest))
     except _ExpectedError as error:
         raise AddressError(text, str(error).replace("SCHEME", scheme)) from None
@@ -154,7 +222,7 @@ def parse(text: str) -> Address:
 
 def from_socket_name(
     scheme: Scheme, name: tuple[Any, ...] | str | bytes, *, dual_stack: bool = False
-) -> Address:
+) -> BoundAddress:
     """Write what `socket.socket.getsockname` returned for a bound socket as an address.
 
     An IPv4 address inside an IPv6 one (``::ffff:192.0.2.1``) is written as IPv4.
@@ -202,6 +270,23 @@ def _read_path(text: str) -> str:
     if "\0" in path and not is_abstract:
         raise _ExpectedError("a path without a zero byte")
     return path
+
+
+def _read_passed_name(text: str) -> str:
+    """Return the name in what follows ``systemd:``."""
+    if not _PASSED_NAME.fullmatch(text) or text.startswith("/"):
+        raise _ExpectedError(
+            "SCHEME:NAME, with the FileDescriptorName= of a .socket unit, such as SCHEME:web"
+        )
+    return text
+
+
+def _read_descriptor(text: str) -> int:
+    """Return the number in what follows ``fd:``."""
+    match = _DESCRIPTOR.fullmatch(text)
+    if match is None:
+        raise _ExpectedError("SCHEME://NUMBER, with the number of a descriptor, such as SCHEME://3")
+    return int(match[1])
 
 
 def _read_host_and_port(text: str) -> tuple[str, int]:

@@ -1,7 +1,7 @@
-"""Read the command line, and say what happens: ``portico serve`` and ``portico run``.
+"""Read the command line, and say what happens: ``portico serve``, ``check`` and ``run``.
 
 Owns the words on the terminal and the exit status: 0 after a stop, 2 for what was asked wrongly.
-An option of ``portico serve`` that is not given leaves the default to `portico.settings`.
+Leaves the options that are settings to `portico.options`.
 """
 
 from __future__ import annotations
@@ -9,26 +9,60 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import click
 
 import portico
-from portico import address, program, swap, target
-from portico.configuration import Configuration, ProcessSettings, ServiceSettings
-from portico.engines import ENGINES, HUBS_OF, WORKERS_OF
+from portico import options, program, reloader, swap, target
+from portico.configuration import Configuration
+from portico.doctor import command as doctor
+from portico.engines import ENGINES
 from portico.engines import settings as engine_settings
-from portico.errors import PorticoError, SettingError
-from portico.gate import WhenFull
-from portico.settings import AUTO, CLIENT_CERTIFICATES, Settings
+from portico.errors import PorticoError
+from portico.outline import outline
+from portico.service import load_certificates
+from portico.sources import Reading, Sources
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
-LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+
+class Loader:
+    """Reads a configuration when it is asked to, and remembers what it read last."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.reading: Reading | None = None
+        self._sources = sources
+
+    def load(self) -> Configuration:
+        """Read it anew.
+
+        Raises:
+            PorticoError: A value is wrong; the error says where it stands.
+        """
+        reading = self.reading = self._sources.read()
+        return reading.configuration
+
+    def files(self) -> list[Path]:
+        """Return the files that it was read from."""
+        file = self.reading.file if self.reading else None
+        return [] if file is None else [file.path]
+
+    def explaining(self, action: Callable[[], _T]) -> _T:
+        """Do something with it; what is wrong with a value, or what it names, says where it stands.
+
+        Raises:
+            PorticoError: What went wrong.
+        """
+        try:
+            return action()
+        except PorticoError as error:
+            raise (self.reading.explained(error) if self.reading else error) from error
 
 
 class Refusal(click.ClickException):
@@ -41,122 +75,6 @@ class Refusal(click.ClickException):
         click.echo(f"portico: error: {' '.join(self.message.split())}", file=file, err=True)
 
 
-_hubs_option = click.option(
-    "--hubs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help=f"Threads of the {HUBS_OF} engine at most, each with an event loop.  [default: 1]",
-)
-
-
-_DEFAULTS: Final = Settings()
-
-NO_LIMIT: Final = "none"
-"""What stands for no limit on the command line."""
-
-
-def _whole(name: str, text: str) -> object:
-    """Read a number of connections."""
-    if text.isascii() and text.isdecimal():
-        return int(text)
-    if text == AUTO:
-        return text
-    raise SettingError(name, text, f"a whole number, {AUTO!r}, or {NO_LIMIT} for no limit")
-
-
-def _seconds(name: str, text: str) -> object:
-    """Read a time."""
-    try:
-        return float(text)
-    except ValueError:
-        expected = f"a number of seconds, or {NO_LIMIT} for no limit"
-        raise SettingError(name, text, expected) from None
-
-
-def _workers(name: str, text: str) -> object:
-    """Read a number of threads."""
-    if text.isascii() and text.isdecimal():
-        return int(text)
-    raise SettingError(name, text, "1 or more")
-
-
-READERS: Final[Mapping[str, Callable[[str, str], object]]] = {
-    "max_workers": _workers,
-    "max_connections": _whole,
-    "max_connections_per_peer": _whole,
-    "handshake_timeout": _seconds,
-    "idle_timeout": _seconds,
-    "request_timeout": _seconds,
-    "drain_timeout": _seconds,
-}
-"""The settings that are numbers, or ``none``."""
-
-
-def _limit_option(name: str, metavar: str, words: str) -> Callable[[_Command], _Command]:
-    """Return the option for a setting that is a number or ``none``."""
-    default = getattr(_DEFAULTS, name)
-    shown = NO_LIMIT if default is None else f"{default:g}" if default != AUTO else AUTO
-    return click.option(
-        f"--{name.replace('_', '-')}", name, metavar=metavar, help=f"{words}  [default: {shown}]"
-    )
-
-
-def _networks_option(
-    flag: str, name: str, words: str, metavar: str = "NETWORK"
-) -> Callable[[_Command], _Command]:
-    """Return the option for a setting that is several networks."""
-    return click.option(flag, name, multiple=True, metavar=metavar, help=words)
-
-
-def _protected(command: _Command) -> _Command:
-    """Give a command the options of what protects it."""
-    words = "|".join(word.value for word in WhenFull)
-    for option in (
-        click.option(
-            "--max-workers",
-            metavar="N",
-            help=f"Threads of the {WORKERS_OF} engine at most.  [default: 64]",
-        ),
-        _limit_option("max_connections", "N", "Connections at once, at each address."),
-        _limit_option("max_connections_per_peer", "N", "Those of one client's address."),
-        click.option(
-            "--when-full",
-            metavar=f"[{words}]",
-            help="What becomes of a client for whom there is no place.  [default: wait]",
-        ),
-        _networks_option(
-            "--allow", "allowed_networks", "Who may come, such as 10.0.0.0/8 or ::1; repeatable."
-        ),
-        _networks_option("--deny", "denied_networks", "Who may not; repeatable."),
-        _limit_option("handshake_timeout", "SECONDS", "For the TLS handshake and PROXY header."),
-        _limit_option("idle_timeout", "SECONDS", "A connection without a byte ends after these."),
-        _limit_option("request_timeout", "SECONDS", "Any connection ends after these."),
-        _limit_option("drain_timeout", "SECONDS", "For open connections to finish at the stop."),
-        click.option(
-            "--cert", metavar="FILE", help="Certificate of tls:// addresses; read when it changes."
-        ),
-        click.option("--key", metavar="FILE", help="Its key, if it is in another file."),
-        click.option(
-            "--client-ca",
-            metavar="FILE",
-            help="Authorities of client certificates, which are required then.",
-        ),
-        click.option(
-            "--client-certificates",
-            metavar=f"[{'|'.join(CLIENT_CERTIFICATES)}]",
-            help="Whether a client needs one.  [default: required with --client-ca]",
-        ),
-        _networks_option(
-            "--proxy-protocol",
-            "proxy_protocol",
-            "Proxies whose PROXY header is believed; repeatable.",
-            "FROM",
-        ),
-    )[::-1]:
-        command = option(command)
-    return command
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(portico.__version__, prog_name="portico", message="%(prog)s %(version)s")
 def commands() -> None:
@@ -164,32 +82,10 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("target_name", metavar="TARGET")
-@click.argument("address_texts", metavar="ADDRESS...", nargs=-1, required=True)
-@click.option(
-    "--engine",
-    type=click.Choice(list(ENGINES)),
-    default="threads",
-    show_default=True,
-    help="What runs the handlers.",
-)
-@_hubs_option
-@_protected
-@click.option(
-    "--log-level",
-    type=click.Choice(LOG_LEVELS),
-    default="info",
-    show_default=True,
-    help="What is told of the servers; what each connection does is told at debug.",
-)
-def serve(
-    target_name: str,
-    address_texts: tuple[str, ...],
-    *,
-    log_level: str,
-    **options: Any,
-) -> Callable[[], None] | None:
-    """Serve a handler at each ADDRESS until SIGINT or SIGTERM.
+@options.configured
+@click.option("--reload", is_flag=True, help="Start anew when a file changes, in development.")
+def serve(*, reload: bool, **given: Any) -> Callable[[], None] | None:
+    """Serve until SIGINT or SIGTERM: what a file says, or TARGET at each ADDRESS.
 
     \b
     TARGET is a handler: MODULE:HANDLER or PATH.py:HANDLER.
@@ -202,23 +98,34 @@ def serve(
       unix:/run/echo.sock     a path; unix:@echo is an abstract name
       unix-datagram:/run/echo.sock
 
-    A limit is a number, or none.
+    A limit is a number, or none.  An option wins over a variable such as PORTICO_IDLE_TIMEOUT,
+    and that over the file.
     """  # noqa: D301  # \b is click's, and keeps the lines apart
     with _refused():
-        # Looked at first: nothing of the target's has run yet.
-        settings = _read(options)
-        target.read(target_name)  # an address in its place is no address that is wrong
-        addresses = tuple(address.parse(text) for text in address_texts)
-        configuration = Configuration(
-            process=ProcessSettings(log_level=log_level),
-            services=(
-                ServiceSettings(
-                    name="portico", target=target_name, addresses=addresses, settings=settings
-                ),
-            ),
-        )
-        has_left_handlers = program.run(lambda: configuration)
+        loader = Loader(options.sources(**given))
+        if reload:
+            loader.explaining(lambda: reloader.run(loader.load, loader.files))
+            return None
+        has_left_handlers = loader.explaining(lambda: program.run(loader.load))
     return _leave if has_left_handlers else None
+
+
+@commands.command()
+@options.configured
+@click.option("--all", "with_defaults", is_flag=True, help="Show the defaults, too.")
+@click.option("--no-import", is_flag=True, help="Do not import the targets.")
+def check(*, with_defaults: bool, no_import: bool, **given: Any) -> None:
+    """Say what portico serve would run, and where each value comes from.
+
+    Imports the targets and loads the certificates, and opens no address.  What is printed is a file
+    with settings itself.
+    """
+    with _refused():
+        loader = Loader(options.sources(**given))
+        loader.explaining(lambda: _verify(loader.load(), imports=not no_import))
+    if loader.reading is not None:
+        for line in outline(loader.reading, with_defaults=with_defaults):
+            click.echo(line)
 
 
 @commands.command(context_settings={"allow_interspersed_args": False})
@@ -229,7 +136,7 @@ def serve(
     show_default=True,
     help="What stands behind ThreadingMixIn.",
 )
-@_hubs_option
+@options.hubs_option
 @click.option(
     "-m", "is_module", is_flag=True, help="PROGRAM is the name of a module, as for python -m."
 )
@@ -246,6 +153,9 @@ def run(
         engine_settings(engine, hubs=hubs)
     # Returned, and not called: what the program raises is not for click to catch.
     return partial(_run_program, program, args, engine=engine, hubs=hubs, is_module=is_module)
+
+
+commands.add_command(doctor.command, "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -302,22 +212,20 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _read(options: Mapping[str, Any]) -> Settings:
-    """Make settings of the options that were given.
+def _verify(configuration: Configuration, *, imports: bool) -> None:
+    """Make sure that what is named is there.
 
     Raises:
-        SettingError: One of them is wrong.
+        PorticoError: It is not.
     """
-    values: dict[str, Any] = {}
-    for name, given in options.items():
-        if given is None or given == ():
+    for each in configuration.services:
+        load_certificates(each.settings)
+        if not imports:
             continue
-        read = READERS.get(name)
-        if read is None:
-            values[name] = given
-        else:
-            values[name] = None if given.lower() == NO_LIMIT else read(name, given.lower())
-    return Settings.read(values)
+        handler = target.load(each.target)
+        for address in each.addresses:
+            if not address.scheme.is_inherited:  # what is passed is not there yet
+                target.check_scheme(each.target, handler, address.scheme)
 
 
 @contextmanager

@@ -12,10 +12,12 @@ from typing import Any, Final
 
 from portico.address import Address
 from portico.errors import SettingError
-from portico.settings import AUTO, Auto, Settings, StrPath
+from portico.settings import AUTO, Auto, Settings, StrPath, check_account
 
 MOST_WORKERS: Final = 1024
 """Worker processes at the most: far above any machine, so that a larger number is a mistake."""
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,10 @@ class ProcessSettings:
     start_timeout: float | None = 60.0
     """Seconds that a worker may take to import its target and serve; ``None`` for no limit."""
 
-    user: str | None = None
+    user: str | int | None = None
     """Whom the processes run as, once the listeners are open: a name or a number."""
 
-    group: str | None = None
+    group: str | int | None = None
     """The group; ``None`` for that of `user`."""
 
     pid_file: StrPath | None = None
@@ -75,6 +77,11 @@ class ProcessSettings:
         _check_whole("max_worker_memory", self.max_worker_memory, 1, expected)
         for name in ("worker_timeout", "start_timeout"):
             _check_seconds(name, getattr(self, name))
+        if self.log_level not in LOG_LEVELS:
+            words = ", ".join(map(repr, LOG_LEVELS))
+            raise SettingError("log_level", self.log_level, f"one of {words}")
+        for name in ("user", "group"):
+            check_account(name, getattr(self, name))
 
     def worker_count(self) -> int:
         """Return how many workers there are to be; 0 to serve in this very process."""

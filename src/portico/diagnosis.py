@@ -11,14 +11,27 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
-from portico.address import Address, InternetAddress, UnixAddress
+from portico.address import (
+    Address,
+    DescriptorAddress,
+    InternetAddress,
+    SystemdAddress,
+    UnixAddress,
+)
 from portico.errors import ListenerError
 from portico.holders import Holder, find_holders
 from portico.place import Place
+
+_TLS_SOCKETS: Final = {
+    (socket.SOCK_STREAM, socket.AF_INET),
+    (socket.SOCK_STREAM, socket.AF_INET6),
+}
+"""Those that TLS is spoken over."""
 
 
 @contextmanager
@@ -46,6 +59,64 @@ def failure(error: OSError, address: Address, reason: str) -> ListenerError:
     failure = ListenerError(f"cannot listen on {address}: {reason}")
     failure.errno = error.errno
     return failure
+
+
+def not_passed(address: SystemdAddress, names: Iterable[str]) -> ListenerError:
+    """Return the error for a name under which systemd passed no socket.
+
+    Args:
+        address: The address.
+        names: The names of those that it passed.
+    """
+    passed = ", ".join(dict.fromkeys(names))
+    if passed:
+        return ListenerError(f"{address}: systemd passed no socket of this name; passed: {passed}")
+    return ListenerError(
+        f"{address}: systemd passed no socket; start the .socket unit that has "
+        f"FileDescriptorName={address.name}, and it starts the service"
+    )
+
+
+def unfit(address: DescriptorAddress, made: socket.socket) -> str | None:
+    """Say why nothing can be served on an inherited socket; ``None`` if it can be."""
+    if made.family not in {socket.AF_INET, socket.AF_INET6, socket.AF_UNIX}:
+        return f"it is a socket of family {made.family}; expected IPv4, IPv6 or Unix"
+    if made.type not in {socket.SOCK_STREAM, socket.SOCK_DGRAM}:
+        return f"it is a socket of type {made.type}; expected streams or datagrams"
+    if made.type == socket.SOCK_STREAM and not made.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
+        return (
+            "it does not listen; expected a listener, which systemd passes where the .socket unit "
+            "has Accept=no"
+        )
+    if made.type == socket.SOCK_DGRAM and made.getsockname() in {"", b"", ("0.0.0.0", 0)}:  # noqa: S104  # compared
+        return "it is bound to no address; expected a socket that is"
+    if address.scheme.is_tls and (made.type, made.family) not in _TLS_SOCKETS:
+        kind = "a Unix socket" if made.family == socket.AF_UNIX else "a socket for datagrams"
+        return f"TLS is spoken over TCP, and it is {kind}; leave out '+tls'"
+    return None
+
+
+def unusable(address: DescriptorAddress, error: OSError) -> str:
+    """Say why a descriptor is no socket."""
+    match error.errno:
+        case errno.EBADF:
+            return f"this process was started without a descriptor {address.descriptor}"
+        case errno.ENOTSOCK:
+            return "it is not a socket"
+        case _:
+            return _strerror(error)
+
+
+def ungiven(error: OSError) -> str:
+    """Say why the file of a socket cannot be given to somebody else."""
+    if error.errno == errno.EPERM:
+        return (
+            "no permission to give its file away: only root can set socket_owner, and others can "
+            "set socket_group to a group that they belong to"
+        )
+    return f"its file cannot be given away: {_strerror(error)}"
 
 
 def unresolved(address: InternetAddress, error: socket.gaierror) -> str:

@@ -1,79 +1,59 @@
 """Open a listener at an address.
 
 Owns what the socket calls leave open: which family an address belongs to, IPv4 and IPv6 on one
-socket, the life of a Unix socket's file, and whose the listener is where several processes accept
-from it.  Leaves accepting to the server that has it, and the words for errors to
-`portico.diagnosis`.
+socket, what an inherited descriptor is, and whose the listener is where several processes accept
+from it.  Leaves accepting to the server that has it, the file of a Unix socket to
+`portico.socketfile`, and the words for errors to `portico.diagnosis`.
 
-Sources: ipv6(7) (``IPV6_V6ONLY``); unix(7) (the file outlives its socket; connect(2) to one that
-nobody listens on is refused); bind(2) (errors).
+Sources: ipv6(7) (``IPV6_V6ONLY``); bind(2) (errors); socket(7) (``SO_ACCEPTCONN``).
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import sys
-import threading
-import time
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, Self
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from typing import Self
 
-from portico.address import Address, Scheme, UnixAddress
-from portico.diagnosis import explained, failure, is_socket, unresolved
+from portico.address import (
+    Address,
+    BoundAddress,
+    DescriptorAddress,
+    Scheme,
+    SystemdAddress,
+    UnixAddress,
+    from_socket_name,
+)
+from portico.diagnosis import (
+    explained,
+    failure,
+    not_passed,
+    unfit,
+    ungiven,
+    unresolved,
+    unusable,
+)
+from portico.errors import ListenerError
 from portico.place import Place
-
-SOCKET_MODE: Final = 0o600
-"""What others than the owner may do with the file of a Unix socket: nothing."""
-
-LOCK_PATIENCE: Final = 1.0
-"""Seconds to wait for another process that binds in the same directory.
-
-It takes well under a millisecond.  Who holds the lock for longer keeps a cleaner of temporary
-files away, and does not mean us.
-"""
-
-_changing_umask = threading.Lock()  # guards the umask, which all threads share
-
-
-@dataclass(frozen=True, slots=True)
-class SocketFile:
-    """The file that binding a Unix socket has made."""
-
-    path: Path
-    device: int
-    inode: int
-
-    @classmethod
-    def at(cls, path: Path) -> SocketFile:
-        """Remember which file is at `path` now, even if the process changes its directory."""
-        found = path.lstat()
-        return cls(path.absolute(), found.st_dev, found.st_ino)
-
-    def remove(self) -> None:
-        """Remove the file, unless it is gone or somebody else's has taken its place.
-
-        To be called while the socket is still open: until then nobody takes the file for a stale
-        one and puts another in its place.
-        """
-        with suppress(OSError):
-            if SocketFile.at(self.path) == self:
-                self.path.unlink()
+from portico.socketfile import OWNER_ONLY, FileAccess, SocketFile, narrow_mode, stale_removed
+from portico.systemd import passed_sockets
 
 
 def resolve(address: Address) -> Place:
-    """Find the family and the socket address of `address`; asks the resolver for a host name.
+    """Find the family and the socket address of `address`.
+
+    Asks the resolver for a host name, and an inherited socket for what it is bound to.
 
     A name that stands for several addresses means the first, IPv4 before IPv6, as in
     `socketserver`.
 
     Raises:
-        ListenerError: The host has no address.
+        ListenerError: The host has no address, or nothing can be served on the inherited socket.
     """
+    if isinstance(address, SystemdAddress | DescriptorAddress):
+        with closing(open_listener(address)) as opened:
+            return opened.place
     if isinstance(address, UnixAddress):
         return Place(address, socket.AF_UNIX, address.socket_address)
     if address.host == "":
@@ -119,9 +99,22 @@ class OpenListener:
         self._process = os.getpid()
 
     @property
-    def address(self) -> Address:
+    def address(self) -> BoundAddress:
         """The address that was bound, with the port that the system chose."""
         return self.place.address_of(self.socket.getsockname())
+
+    @property
+    def file(self) -> SocketFile | None:
+        """The file that is removed with it; ``None`` if there is none, or it is another's."""
+        return self._file
+
+    def hand_over(self) -> None:
+        """Leave it to another process, which has it, too: closing it here ends nothing any more."""
+        self.is_lent, self._file = True, None
+
+    def take_over(self, file: SocketFile | None) -> None:
+        """Be who closes it, from now on, and removes its file."""
+        self.is_lent, self._file = False, file
 
     def lend(self) -> Self:
         """Return another hold on the same listener, for who must not end it by closing it."""
@@ -143,7 +136,32 @@ class OpenListener:
         self.socket.close()
 
 
-def open_listener(address: Address, *, backlog: int = socket.SOMAXCONN) -> OpenListener:
+def expand(addresses: Iterable[Address]) -> list[Address]:
+    """Put a descriptor for each socket in the place of those that systemd passes under a name.
+
+    Raises:
+        ListenerError: It passed none of that name.
+    """
+    expanded: list[Address] = []
+    for each in addresses:
+        expanded += _passed(each) if isinstance(each, SystemdAddress) else [each]
+    return expanded
+
+
+def scheme_of(address: Address) -> Scheme:
+    """Say what is spoken at an address; asks an inherited socket for it.
+
+    Raises:
+        ListenerError: It cannot be served.
+    """
+    if address.scheme.is_inherited:
+        return resolve(address).address.scheme
+    return address.scheme
+
+
+def open_listener(
+    address: Address, *, backlog: int = socket.SOMAXCONN, access: FileAccess = OWNER_ONLY
+) -> OpenListener:
     """Open a listener at an address, for one process or for many.
 
     Accepting from it never waits: of several processes that see a client come, one gets it, and the
@@ -151,11 +169,20 @@ def open_listener(address: Address, *, backlog: int = socket.SOMAXCONN) -> OpenL
 
     Args:
         address: Where.
-        backlog: Connections that the kernel completes and holds until they are accepted.
+        backlog: Connections that the kernel completes and holds until they are accepted; for an
+            inherited socket, who opened it has decided.
+        access: Who may use the file of a Unix socket.
 
     Raises:
         ListenerError: The system refuses; the message says why, and what would help.
     """
+    if isinstance(address, SystemdAddress):
+        wanted = address
+        address, *others = _passed(wanted)
+        if others:
+            raise ListenerError(f"{wanted}: systemd passed {1 + len(others)} sockets of this name")
+    if isinstance(address, DescriptorAddress):
+        return adopt(address)
     place = resolve(address)
     scheme = address.scheme
     with explained(place):
@@ -172,7 +199,64 @@ def open_listener(address: Address, *, backlog: int = socket.SOMAXCONN) -> OpenL
         except BaseException:
             made.close()
             raise
-    return OpenListener(place, made, file)
+    opened = OpenListener(place, made, file)
+    if file is not None and access != OWNER_ONLY:
+        try:
+            file.open_to(access)
+        except OSError as error:
+            opened.close()
+            raise failure(error, address, ungiven(error)) from error
+    return opened
+
+
+def adopt(address: DescriptorAddress) -> OpenListener:
+    """Make a listener of a socket that this process was started with.
+
+    It is lent: closing the listener ends neither the socket, whose descriptor stays open for the
+    next one, nor the file of a Unix socket.
+
+    Raises:
+        ListenerError: It is not a socket on which something can be served.
+    """
+    try:
+        os.set_inheritable(address.descriptor, False)
+        made = socket.socket(fileno=os.dup(address.descriptor))
+    except OSError as error:
+        raise failure(error, address, unusable(address, error)) from error
+    reason = unfit(address, made)
+    if reason is not None:
+        made.close()
+        raise ListenerError(f"cannot listen on {address}: {reason}")
+    # A stream does not wait, and datagrams do, as where a listener is opened; who made it may have
+    # chosen either.
+    made.setblocking(made.type != socket.SOCK_STREAM)
+    return OpenListener(_place_of(made, is_tls=address.scheme.is_tls), made, is_lent=True)
+
+
+def _passed(address: SystemdAddress) -> list[DescriptorAddress]:
+    """Find the descriptors that systemd passed under a name."""
+    passed = passed_sockets()
+    scheme = Scheme.DESCRIPTOR_TLS if address.scheme.is_tls else Scheme.DESCRIPTOR
+    found = [
+        DescriptorAddress(scheme, each.descriptor) for each in passed if each.name == address.name
+    ]
+    if not found:
+        raise not_passed(address, [each.name for each in passed])
+    return found
+
+
+def _place_of(made: socket.socket, *, is_tls: bool) -> Place:
+    """Ask a socket that somebody else has bound where it is."""
+    name, is_stream = made.getsockname(), made.type == socket.SOCK_STREAM
+    if made.family == socket.AF_UNIX:
+        scheme = Scheme.UNIX if is_stream else Scheme.UNIX_DATAGRAM
+    else:
+        scheme = (Scheme.TLS if is_tls else Scheme.TCP) if is_stream else Scheme.UDP
+    dual_stack = made.family == socket.AF_INET6 and not made.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+    )
+    family = socket.AddressFamily(made.family)
+    return Place(from_socket_name(scheme, name, dual_stack=dual_stack), family, name, dual_stack)
 
 
 def bind(listener: socket.socket, place: Place) -> SocketFile | None:
@@ -196,76 +280,9 @@ def bind(listener: socket.socket, place: Place) -> SocketFile | None:
     if place.path is None:
         listener.bind(place.name)
         return None
-    with _stale_removed(place.path, listener.type), _narrow_mode(listener):
+    with stale_removed(place.path, listener.type), narrow_mode(listener):
         listener.bind(place.name)
         if listener.type == socket.SOCK_STREAM:
             # At once: until it listens, it looks as dead as what is replaced here.
             listener.listen()
         return SocketFile.at(place.path)
-
-
-# --------------------------------------------------------------------- the file of a Unix socket
-
-
-@contextmanager
-def _stale_removed(path: Path, kind: int) -> Generator[None]:
-    """Remove the file of a socket that nobody listens on, and let nobody in between."""
-    # Alone even where there is no file: the one that is made now looks stale until it listens.
-    with _alone_in(path.parent):
-        if is_socket(path) and _is_stale(path, kind):
-            path.unlink()
-        yield
-
-
-def _is_stale(path: Path, kind: int) -> bool:
-    """Say whether a socket surely has no listener."""
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        probe.setblocking(False)  # a listener with a full backlog would make it wait
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-        except OSError:  # somebody is there, or it cannot be told: bind will say what is wrong
-            return False
-    return False
-
-
-@contextmanager
-def _alone_in(directory: Path) -> Generator[None]:
-    """Keep others out who do the same: of two that find a stale file, one may replace it."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # may be entered, not read: go without
-        yield
-        return
-    try:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while time.monotonic() < deadline:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.01)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _narrow_mode(
-    listener: socket.socket, *, by_socket: bool = sys.platform == "linux"
-) -> Generator[None]:
-    """Have the file that ``bind`` makes belong to its owner alone, without a moment in between.
-
-    Linux gives the file the mode of the socket, less the umask; elsewhere there is only the
-    umask, which belongs to all threads of the process.
-    """
-    if by_socket:
-        os.fchmod(listener.fileno(), SOCKET_MODE)
-        yield
-        return
-    with _changing_umask:
-        before = os.umask(0o777 & ~SOCKET_MODE)
-        try:
-            yield
-        finally:
-            os.umask(before)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from portico.address import Address, from_socket_name
+from portico.address import BoundAddress, from_socket_name
 
 if TYPE_CHECKING:
     import socket
@@ -30,7 +30,7 @@ class Place:
         dual_stack: Whether an IPv6 socket serves IPv4 as well.
     """
 
-    address: Address
+    address: BoundAddress
     family: socket.AddressFamily
     name: SocketName
     dual_stack: bool = False
@@ -40,6 +40,6 @@ class Place:
         """The file of a Unix socket; ``None`` if there is none."""
         return Path(self.name) if isinstance(self.name, str) else None
 
-    def address_of(self, name: SocketName) -> Address:
+    def address_of(self, name: SocketName) -> BoundAddress:
         """Return the address of a socket that was bound here, port and all."""
         return from_socket_name(self.address.scheme, name, dual_stack=self.dual_stack)

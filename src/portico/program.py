@@ -1,30 +1,47 @@
-"""Run what a configuration says, and say what happens.
+"""Run what a configuration says: in this very process, or in workers under a supervisor.
 
-Owns the words about a running program: where it is ready, and what it did.  Leaves what a program
-is told to `portico.configuration` and to who reads it, and serving to `portico.service`.
+Owns which of the two it is, and what signals do to a process that serves by itself.  Leaves what a
+program is told to `portico.configuration` and to who reads it, serving to `portico.service`, and
+workers to `portico.supervisor`.
 """
 
 from __future__ import annotations
 
-import logging
-import sys
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any, Final
 
-from portico import logs, target
-from portico.configuration import Configuration, ServiceSettings
-from portico.service import Assignment, Service, Tally, raise_descriptor_limit
+from portico import privileges
+from portico.announcement import Announcement, failure_told, ready_on
+from portico.configuration import Configuration
+from portico.console import say
+from portico.duty import assign, expanded, logged, openings, report
+from portico.errors import PorticoError
+from portico.handover import Heir, Heritage, inherit, start_heir
+from portico.listeners import Listeners
+from portico.logfile import reopen_all
+from portico.pidfile import PidFile
+from portico.service import Service, raise_descriptor_limit
+from portico.supervisor import Supervisor
+from portico.systemd import Notifier
 
-LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+Load = Callable[[], Configuration]
+
+OBEYED: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a process that serves by itself obeys, beside those that stop it."""
 
 
-def run(load: Callable[[], Configuration]) -> bool:
+def run(load: Load) -> bool:
     """Serve until SIGINT or SIGTERM, in the main thread.
 
     Args:
-        load: Reads the configuration.
+        load: Reads the configuration; called again for a reload.
 
     Returns:
         Whether handlers still run in threads of this process, with nobody to wait for them.
@@ -32,70 +49,138 @@ def run(load: Callable[[], Configuration]) -> bool:
     Raises:
         PorticoError: What was asked cannot be done.
     """
-    configuration = load()
-    assignments = assign(configuration.services)
-    raise_descriptor_limit()
-    with logged(configuration.process.log_level), Service(assignments) as serving:
-        with serving.stopped_by_signals():
+    heritage = inherit()
+    notifier = Notifier.take()
+    with failure_told(notifier):
+        configuration = load()
+        if configuration.process.worker_count():
+            Supervisor(load, configuration, notifier, heritage).run()
+            return False
+        return Soloist(configuration, notifier, heritage).run()
+
+
+class Soloist:
+    """A process that serves by itself.
+
+    Args:
+        configuration: What to serve.
+        notifier: Tells systemd.
+        heritage: What a predecessor has left; ``None`` if there is none.
+    """
+
+    def __init__(
+        self, configuration: Configuration, notifier: Notifier, heritage: Heritage | None
+    ) -> None:
+        self._configuration = configuration
+        self._notifier = notifier
+        self._heritage = heritage
+        self._listeners = Listeners(() if heritage is None else heritage.listeners)
+        self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
+        self._heir: Heir | None = None
+
+    def run(self) -> bool:
+        """Serve; return whether handlers are left behind."""
+        process = self._configuration.process
+        identity = privileges.find(process.user, process.group)
+        services = expanded(self._configuration.services)
+        predecessor = None if self._heritage is None else self._heritage.predecessor
+        raise_descriptor_limit()
+        with ExitStack() as closing:
+            closing.callback(self._listeners.close)
+            wanted = openings(services)
+            listeners = self._listeners.gather(wanted)
+            pid_file = closing.enter_context(PidFile(process.pid_file, predecessor))
+            privileges.drop(identity)  # and only now does anything of the target's run
+            assignments = assign(services)
+            closing.enter_context(logged(process))
+            serving = closing.enter_context(Service(assignments, listeners))
+            closing.enter_context(serving.stopped_by_signals())
+            closing.enter_context(Announcement(self._notifier, serving))
+            pairs = [(each.address, own) for each, own in zip(wanted, listeners, strict=True)]
+            closing.enter_context(self._obeying(serving, pairs, pid_file))
+            self._take_over()
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()
             tallies = serving.run()
             report(tallies, time.monotonic() - started)
-    return serving.has_left_handlers
+        return serving.has_left_handlers
+
+    def _take_over(self) -> None:
+        """Tell the predecessor that it can go: clients wait in a queue that is ours, too."""
+        heritage, self._heritage = self._heritage, None
+        if heritage is not None:
+            heritage.channel.send("serving", listeners=self._listeners.take_over())
+            heritage.channel.close()
+
+    @contextmanager
+    def _obeying(self, serving: Service, pairs: Any, pid_file: PidFile) -> Generator[None]:
+        """Do what signals ask for while the block runs, in a thread beside those that serve."""
+
+        def obey() -> None:
+            while (number := self._signals.get()) in OBEYED:
+                match number:
+                    case signal.SIGHUP:
+                        self._notifier.reloading("reads its certificates again")
+                        _renew_certificates(serving)
+                        self._notifier.ready(ready_on(serving.addresses))
+                    case signal.SIGUSR1:
+                        _reopen()
+                    case _:
+                        self._hand_over(serving, pairs, pid_file)
+
+        process = os.getpid()
+
+        def note(number: int, _: FrameType | None) -> None:
+            if os.getpid() == process:  # and not a child that serves one request
+                self._signals.put(number)
+
+        before = {number: signal.signal(number, note) for number in OBEYED}
+        thread = threading.Thread(target=obey, name="signals", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._signals.put(0)
+
+    def _hand_over(self, serving: Service, pairs: Any, pid_file: PidFile) -> None:
+        """Start another process of the same command line, and go when it serves."""
+        variables = self._notifier.variables(0)
+        variables.pop("WATCHDOG_PID", None)  # it will be the heir's
+        try:
+            heir = start_heir(pairs, None, variables)
+        except OSError as error:
+            say(f"cannot start another process: {error}")
+            return
+        say(f"starts another process (process {heir.process})")
+        taken = heir.wait_serving(self._configuration.process.start_timeout)
+        if taken is None:
+            say(f"process {heir.process} {heir.wait()} before it served; this one goes on")
+            return
+        self._listeners.hand_over(taken)
+        try:
+            pid_file.hand_over(heir.process)
+        except PorticoError as error:
+            say(str(error))
+        self._notifier.main_process(heir.process)
+        say(f"leaves everything to process {heir.process}")
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
-def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
-    """Import the handler of each service, and say what each server is to do.
-
-    Raises:
-        PorticoError: There is no such handler, or it cannot serve at an address of its service.
-    """
-    assignments: list[Assignment] = []
-    for each in services:
-        handler = target.load(each.target)
-        for address in each.addresses:
-            target.check_scheme(each.target, handler, address.scheme)
-            assignments.append(Assignment(handler, address, each.settings))
-    return assignments
+def _renew_certificates(serving: Service) -> None:
+    """Read the certificates again, and say what only workers can do."""
+    if serving.reload_certificates():
+        say("has read its certificates again; for other code and settings it needs workers")
+    else:
+        say("keeps the earlier certificates; for other code and settings it needs workers")
 
 
-@contextmanager
-def logged(level: str) -> Generator[None]:
-    """Log the servers' events, to standard error unless the target has arranged otherwise."""
-    logging.basicConfig(format=LOG_FORMAT)
-    logging.getLogger("portico").setLevel(level.upper())
-    detach = logs.attach()
+def _reopen() -> None:
     try:
-        yield
-    finally:
-        detach()
-
-
-def report(tallies: Sequence[Tally], seconds: float) -> None:
-    """Say what became of the open connections and what was done, for each of several addresses."""
-    for tally in tallies:
-        where = f"{tally.address}: " if len(tallies) > 1 else ""
-        if tally.drained is not None and not tally.address.scheme.is_datagram:
-            say(f"{where}{tally.drained}")
-        if where:
-            say(f"{where}{_counts([tally])}")
-    say(f"stopped after {seconds:.1f} s: {_counts(tallies)}")
-
-
-def say(text: str) -> None:
-    """Say a line on standard error."""
-    sys.stderr.write(f"portico: {text}\n")
-    sys.stderr.flush()
-
-
-def _counts(tallies: Sequence[Tally]) -> str:
-    served = sum(tally.served for tally in tallies)
-    refused = sum(tally.refused for tally in tallies)
-    cut_off = sum(tally.cut_off for tally in tallies)
-    words = [f"{served} request{'s' * (served != 1)} served"]
-    if refused:
-        words.append(f"{refused} refused")
-    if cut_off:
-        words.append(f"{cut_off} cut off")
-    return ", ".join(words)
+        reopen_all()
+    except OSError as error:
+        say(f"cannot open the log again: {error}")
+    else:
+        say("has opened its log again")

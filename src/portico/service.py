@@ -18,21 +18,22 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, inf
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
-from portico.address import Address, Scheme, parse
+from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
 from portico.counters import Counters, Row
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
-from portico.errors import PhaseError, SettingError
+from portico.errors import ListenerError, PhaseError, SettingError
 from portico.events import ListenerBound, emit
 from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
-from portico.listener import OpenListener, open_listener
+from portico.listener import OpenListener, expand, open_listener, scheme_of
 from portico.places import SharedPlaces, SharingMixIn
 from portico.settings import AUTO, Settings, SettingValues, connection_limit
 from portico.tally import Counter, count
@@ -61,8 +62,13 @@ STOP_PATIENCE: Final = 2 * LAST_WORDS
 A handler that holds its loop has been given end-of-file by then, or its connection was closed, and
 it had its last words; one that does not even notice that is interrupted, or left behind."""
 
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
+
+POLL_INTERVAL: Final = 0.5
+"""Seconds between two rounds of an idle loop that has something to do in each."""
 
 OF_EVERY_KIND: Final = ("accept_rate", "accept_burst", "allowed_networks", "denied_networks")
 """Settings of every server under the same name."""
@@ -84,16 +90,39 @@ OF_CONNECTIONS: Final = (
 class AdoptingMixIn(_Base):
     """Serve on a listener that is open already.
 
-    Owns `server_bind`, `server_activate` and the closing of the listener.
+    Owns `server_bind`, `server_activate` and the closing of the listener; extends `shutdown` and
+    `fileno`.
     """
 
     opened: OpenListener
     """The listener."""
 
+    leaves_rest: bool = False
+    """Whether a drain leaves those who wait in the backlog to another process that accepts them."""
+
+    on_left: Callable[[], object] | None = None
+    """Called when the server accepts nobody any more; perhaps more than once."""
+
+    _has_stopped = False
+
     @property
-    def address(self) -> Address:
+    def shares_listener(self) -> bool:
+        """Whether other processes accept from it, too."""
+        return self.opened.is_lent
+
+    @property
+    def address(self) -> BoundAddress:
         """The address that was bound, with the port that the system chose."""
         return self.opened.place.address_of(self.server_address)
+
+    def shutdown(self) -> None:
+        """End the loop; what comes after it may have no listener."""
+        super().shutdown()
+        self._has_stopped = True
+
+    def fileno(self) -> int:
+        """Return the descriptor of the listener; -1 when nobody is accepted from it any more."""
+        return -1 if self._has_stopped and self.leaves_rest else super().fileno()
 
     def server_bind(self) -> None:
         """Take the listener over."""
@@ -109,6 +138,8 @@ class AdoptingMixIn(_Base):
     def _close_listener(self) -> None:
         self.opened.close()
         super()._close_listener()
+        if self.on_left is not None:
+            self.on_left()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +194,7 @@ class Service:
         for own in settings.values():
             own.check_addresses(each.address for each in assignments if each.settings is own)
         certificates = {key: load_certificates(each) for key, each in settings.items()}
+        self._certificates = [each for each in certificates.values() if each is not None]
         self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
         self._servers: list[AdoptingMixIn] = []
         self._counters: list[Counter] = []
@@ -172,6 +204,8 @@ class Service:
         self._is_ending_at_once = False
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self._wakeup: Wakeup | None = None
+        self._poll_interval = POLL_INTERVAL
+        self._pulse: _Pulse | None = None
         with ExitStack() as closing:
             if listeners is None:
                 listeners = open_listeners(assignments)
@@ -206,9 +240,14 @@ class Service:
         self.close()
 
     @property
-    def addresses(self) -> list[Address]:
+    def addresses(self) -> list[BoundAddress]:
         """The addresses that were bound, with the ports that the system chose."""
         return [server.address for server in self._servers]
+
+    @property
+    def drain_timeout(self) -> float | None:
+        """Seconds that the longest drain may take; ``None`` for no limit."""
+        return self._drain_timeout
 
     @property
     def has_left_handlers(self) -> bool:
@@ -238,6 +277,40 @@ class Service:
         self.close()
         return tallies
 
+    @property
+    def servers(self) -> Sequence[AdoptingMixIn]:
+        """The servers, in the order of their assignments."""
+        return self._servers
+
+    def reload_certificates(self) -> bool:
+        """Read the certificates and keys again; say whether all of them are in use now.
+
+        Those that cannot be used are told of by events, and the earlier ones stay.
+        """
+        loaded = [
+            each.reload() for each in self._certificates
+        ]  # each of them, whatever came before
+        return all(loaded)
+
+    def overdue(self) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round since the last beat."""
+        pulse = self._pulse
+        return [] if pulse is None else pulse.overdue(self._servers)
+
+    def beat(self, beat: Callable[[], object], interval: float) -> None:
+        """Have `beat` called while the serving loops are alive; to be said before `run`.
+
+        Args:
+            beat: Called in one of the loops whenever every one of them has gone round again.
+            interval: Seconds between two calls at the most, of a service that is alive.
+        """
+        pulse = self._pulse = _Pulse(beat, len(self._servers), interval / 2)
+        self._poll_interval = pulse.interval
+        for server in self._servers:
+            # On the instance: a server that has nothing to do so often sleeps until a client comes.
+            actions = server.service_actions
+            vars(server)["service_actions"] = partial(pulse.go_round, server, actions)
+
     def stop(self) -> None:
         """Have `run` drain the servers and return.  Callable from any thread and signal handler."""
         self._is_stopping = True
@@ -251,8 +324,8 @@ class Service:
         self._closing.close()
 
     @contextmanager
-    def stopped_by_signals(self) -> Generator[None]:
-        """Stop at SIGINT and SIGTERM while the block runs; in the main thread.
+    def stopped_by_signals(self, numbers: Iterable[int] = STOP_SIGNALS) -> Generator[None]:
+        """Stop at these signals while the block runs; in the main thread.
 
         The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
         thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
@@ -281,8 +354,8 @@ class Service:
                     alarm = signal.setitimer(signal.ITIMER_REAL, timeout + STOP_PATIENCE)
                 self.stop()
 
-        catch(signal.SIGINT)
-        catch(signal.SIGTERM)
+        for number in numbers:
+            catch(number)
         try:
             yield
         finally:
@@ -311,7 +384,7 @@ class Service:
         try:
             self._is_in_loop = True
             try:
-                server.serve_forever()
+                server.serve_forever(self._poll_interval)
             finally:
                 self._is_in_loop = False
         except KeyboardInterrupt:
@@ -335,7 +408,7 @@ class Service:
         """Serve each address in a thread of its own, until `stop` or until none is left."""
         wakeup = self._wakeup = Wakeup()
         try:
-            loops = [_Loop(server, wakeup) for server in self._servers]
+            loops = [_Loop(server, wakeup, self._poll_interval) for server in self._servers]
             for loop in loops:
                 loop.start()
             _wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
@@ -400,25 +473,44 @@ def serve(
     checked = Settings.read({"engine": engine, **settings})
     if not addresses:
         raise SettingError("addresses", addresses, "at least one, such as 'tcp://127.0.0.1:9000'")
-    parsed = [parse(each) if isinstance(each, str) else each for each in addresses]
+    parsed = expand(parse(each) if isinstance(each, str) else each for each in addresses)
     for address in parsed:
-        check_scheme(getattr(handler, "__qualname__", repr(handler)), handler, address.scheme)
+        name = getattr(handler, "__qualname__", repr(handler))
+        check_scheme(name, handler, scheme_of(address))
     with Service([Assignment(handler, address, checked) for address in parsed]) as service:
         in_main_thread = threading.current_thread() is threading.main_thread()
         with service.stopped_by_signals() if in_main_thread else nullcontext():
             return service.run()
 
 
-def open_listeners(assignments: Sequence[Assignment]) -> list[OpenListener]:
-    """Open a listener for each assignment, or none.
+class Opening(Protocol):
+    """What says where a listener is to be opened, such as an `Assignment`."""
+
+    @property
+    def address(self) -> Address:
+        """Where."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """Its backlog, and who may use the file of a Unix socket."""
+        ...
+
+
+def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
+    """Open a listener for each of several openings, or none.
 
     Raises:
         ListenerError: An address cannot be had.
+        SettingError: There is no such owner of a Unix socket.
     """
+    _refuse_shared([each.address for each in openings])
+    accesses = [each.settings.socket_access() for each in openings]
     with ExitStack() as closing:
         opened: list[OpenListener] = []
-        for each in assignments:
-            opened.append(open_listener(each.address, backlog=each.settings.backlog))
+        for each, access in zip(openings, accesses, strict=True):
+            backlog = each.settings.backlog
+            opened.append(open_listener(each.address, backlog=backlog, access=access))
             closing.callback(opened[-1].close)
         closing.pop_all()
         return opened
@@ -455,6 +547,22 @@ def share_places(
         return settled, most * workers
     own = min(most, connection_limit(descriptors, most))
     return replace(settled, max_connections=own), most
+
+
+def _refuse_shared(addresses: Sequence[Address]) -> None:
+    """Make sure that no inherited socket is two servers': a client would get either of them.
+
+    A socket that is opened here is refused by the system, the second time.
+    """
+    seen: set[int] = set()
+    for each in addresses:
+        if isinstance(each, DescriptorAddress):
+            if each.descriptor in seen:
+                raise ListenerError(
+                    f"cannot listen on {each}: in use by this very process; is the address, or "
+                    "the name that systemd has for it, given twice?"
+                )
+            seen.add(each.descriptor)
 
 
 def server_class(
@@ -608,17 +716,18 @@ class _Drainer(threading.Thread):
 class _Loop(threading.Thread):
     """A serving loop in a thread of its own."""
 
-    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup) -> None:
+    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup, poll_interval: float) -> None:
         super().__init__(name=str(server.address), daemon=True)
         self.error: BaseException | None = None
         self.has_ended = False
         self.is_drained = False
         self._server = server
         self._wakeup = wakeup
+        self._poll_interval = poll_interval
 
     def run(self) -> None:
         try:
-            self._server.serve_forever()
+            self._server.serve_forever(self._poll_interval)
         except BaseException as error:  # raised again, in the thread of `Service.run`
             self.error = error
         finally:
@@ -642,3 +751,32 @@ class _Loop(threading.Thread):
         finally:
             self.is_drained = True
             self._wakeup.wake()
+
+
+class _Pulse:
+    """Tells that all serving loops are alive, by the rounds that they make."""
+
+    def __init__(self, beat: Callable[[], object], loops: int, interval: float) -> None:
+        self.interval = interval
+        self._beat = beat
+        self._loops = loops
+        self._changed = threading.Lock()  # guards the two below
+        self._seen: set[AdoptingMixIn] = set()
+        self._last = -inf
+
+    def go_round(self, server: AdoptingMixIn, actions: Callable[[], None]) -> None:
+        """Take note that a loop has gone round; called in it, for every connection as well."""
+        actions()
+        now = time.monotonic()
+        with self._changed:
+            self._seen.add(server)
+            if len(self._seen) < self._loops or now - self._last < self.interval:
+                return
+            self._seen.clear()
+            self._last = now
+        self._beat()
+
+    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[AdoptingMixIn]:
+        """Return the servers whose loops have not gone round."""
+        with self._changed:
+            return [each for each in servers if each not in self._seen]

@@ -8,6 +8,7 @@ told.  Leaves where the values come from to whoever reads them, and what follows
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -15,7 +16,7 @@ from math import isnan
 from os import PathLike, fspath
 from typing import Any, Final, Literal, Self, TypeAlias, TypedDict
 
-from portico.address import Address, Scheme
+from portico.address import Address
 from portico.admission import AdmissionRules
 from portico.deadlines import Rules
 from portico.engines import ENGINES
@@ -24,6 +25,8 @@ from portico.errors import SettingError
 from portico.gate import read_when_full
 from portico.guard import check_timeout
 from portico.networks import IPNetwork, Networks
+from portico.privileges import MOST_ACCOUNTS, find_gid, find_uid
+from portico.socketfile import FileAccess
 
 AUTO: Final = "auto"
 """Stands for a number that is worked out when the service starts."""
@@ -59,6 +62,8 @@ behind one address."""
 
 MAX_BACKLOG: Final = 2**31 - 1
 """The largest number that listen(2) takes."""
+
+_MODE: Final = re.compile(r"(?:0o?)?[0-7]{3}")
 
 CLIENT_CERTIFICATES: Final = ("none", "optional", "required")
 
@@ -101,6 +106,21 @@ class Settings:
     dropped and tries again after a second (RFC 6298, section 2).  The kernel cuts the number to
     ``net.core.somaxconn``, 4,096 since Linux 5.4.
     """
+
+    socket_mode: int | str = "0600"
+    """Who may connect to a Unix socket: the mode of its file, in octal (``"0660"``) or as a number
+    (``0o660``).
+
+    Answers the other users of a machine: by default nobody but the owner connects.  Linux asks for
+    the permission to write.
+    """
+
+    socket_owner: str | int | None = None
+    """Whose that file is, by name or number; ``None`` for whoever opens it.  Only root can give it
+    away."""
+
+    socket_group: str | int | None = None
+    """The same for its group."""
 
     max_connections: int | Auto | None = AUTO
     """Connections that are open at once at each address.
@@ -217,6 +237,11 @@ class Settings:
             raise SettingError("engine", self.engine, _one_of(self.engine, ENGINES))
         self.engine_attributes()
         _check_backlog(self.backlog)
+        # As a text, in which it is told back as it is meant.
+        mode = f"{read_mode('socket_mode', self.socket_mode):04o}"
+        object.__setattr__(self, "socket_mode", mode)
+        for name in ("socket_owner", "socket_group"):
+            check_account(name, getattr(self, name))
         for name in ("max_connections", "max_connections_per_peer"):
             _check_limit(name, getattr(self, name))
         for name in _NUMBERS:
@@ -264,6 +289,18 @@ class Settings:
         """
         return engine_settings(self.engine, hubs=self.hubs, max_workers=self.max_workers)
 
+    def socket_access(self) -> FileAccess:
+        """Return who may use the file of a Unix socket; asks the system for the names.
+
+        Raises:
+            SettingError: There is no such user or group.
+        """
+        return FileAccess(
+            mode=read_mode("socket_mode", self.socket_mode),
+            uid=None if self.socket_owner is None else find_uid(self.socket_owner, "socket_owner"),
+            gid=None if self.socket_group is None else find_gid(self.socket_group, "socket_group"),
+        )
+
     def check_addresses(self, addresses: Iterable[Address]) -> None:
         """Make sure that there is a certificate for TLS, and TLS for a certificate.
 
@@ -271,7 +308,7 @@ class Settings:
             SettingError: There is not.  A certificate alone may mean that somebody expects TLS
                 where there would be none.
         """
-        tls = [address for address in addresses if address.scheme is Scheme.TLS]
+        tls = [address for address in addresses if address.scheme.is_tls]
         if tls and self.cert is None:
             raise SettingError("cert", None, f"a certificate (and key, its key) for {tls[0]}")
         if self.cert is not None and not tls:
@@ -317,6 +354,9 @@ class SettingValues(TypedDict, total=False):
     hubs: int | None
     max_workers: int | None
     backlog: int
+    socket_mode: int | str
+    socket_owner: str | int | None
+    socket_group: str | int | None
     max_connections: int | Auto | None
     when_full: str
     farewell: bytes
@@ -356,6 +396,32 @@ def peer_limit(connections: int) -> int | None:
     return limit if limit < connections else None
 
 
+def read_mode(name: str, value: Any) -> int:
+    """Read the mode of a file, in octal as a text or as a number.
+
+    Raises:
+        SettingError: It is not one.  ``660`` without a prefix is no mode either, since it is not
+            the number that was meant.
+    """
+    if isinstance(value, str) and _MODE.fullmatch(value):
+        return int(value, 8)
+    if _is_within(value, 0o777):
+        return int(value)
+    raise SettingError(name, value, 'a mode in octal, such as "0660" or 0o660')
+
+
+def check_account(name: str, value: Any) -> None:
+    """Make sure that a value may name a user or a group, without a look at those there are.
+
+    Raises:
+        SettingError: It does not.
+    """
+    if value is None or (isinstance(value, str) and value.strip()):
+        return
+    if not _is_within(value, MOST_ACCOUNTS):
+        raise SettingError(name, value, f"a name, a number from 0 to {MOST_ACCOUNTS}, or None")
+
+
 def _check_backlog(value: Any) -> None:
     if not (_is_whole(value) and 1 <= value <= MAX_BACKLOG):
         raise SettingError("backlog", value, "1 or more")
@@ -372,6 +438,10 @@ def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or isnan(value):
         unit = "bytes a second" if name == "minimum_rate" else "seconds"
         raise SettingError(name, value, f"a number of {unit}, or None for no limit")
+
+
+def _is_within(value: Any, most: int) -> bool:
+    return _is_whole(value) and 0 <= value <= most
 
 
 def _is_whole(value: Any) -> bool:

@@ -89,6 +89,8 @@ def check_scheme(target: str, handler: Handler, scheme: Scheme) -> None:
     Raises:
         TargetError: It would.
     """
+    if scheme.is_inherited:
+        return  # its sockets say of what kind they are, once they are there
     is_stream = not scheme.is_datagram
     if is_stream and _is_kind(handler, DatagramRequestHandler):
         fitting = Scheme.UNIX_DATAGRAM if scheme.is_unix else Scheme.UDP
@@ -124,7 +126,11 @@ def _import_file(target: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise TargetError(target, f"there is no file {str(path)!r}")
     # A name that is taken, such as that of a standard module, stays with who has it.
-    name = path.stem if path.stem not in sys.modules else f"portico target {path.stem}"
+    names = path.stem, f"portico target {path.stem}"
+    for known in map(sys.modules.get, names):
+        if known is not None and _is_of(known, path):
+            return known  # services of one file share what it holds, as those of a module do
+    name = names[path.stem in sys.modules]
     spec = importlib.util.spec_from_file_location(name, path.absolute())
     if spec is None or spec.loader is None:
         raise TargetError(target, f"{str(path)!r} is not a file of Python; {EXPECTED}")
@@ -137,6 +143,12 @@ def _import_file(target: str, path: Path) -> ModuleType:
         del sys.modules[name]
         raise TargetError(target, _failed_import(str(path), error)) from error
     return module
+
+
+def _is_of(module: ModuleType, path: Path) -> bool:
+    """Say whether a module was imported from a file."""
+    own = getattr(module, "__file__", None)
+    return own is not None and Path(own).resolve() == path.resolve()
 
 
 def _put_first(directory: Path) -> None:

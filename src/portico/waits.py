@@ -27,14 +27,24 @@ class Calls(NamedTuple):
 
     reads: frozenset[int]
     """read, readv, recvfrom, recvmsg, recvmmsg: their first argument is the descriptor."""
+    writes: frozenset[int]
+    """write, writev, sendto, sendmsg, sendmmsg, sendfile: as above."""
     polls: frozenset[int]
     """poll, ppoll: a socket with a timeout waits in it first, and its first argument points to
     one `struct pollfd`.  And restart_syscall, as which poll goes on after a stop of the process."""
 
 
 CALLS: Final[Mapping[str, Calls]] = {
-    "x86_64": Calls(frozenset({0, 19, 45, 47, 299}), frozenset({7, 271, 219})),
-    "aarch64": Calls(frozenset({63, 65, 207, 212, 243}), frozenset({73, 128})),
+    "x86_64": Calls(
+        reads=frozenset({0, 19, 45, 47, 299}),
+        writes=frozenset({1, 20, 44, 46, 307, 40}),
+        polls=frozenset({7, 271, 219}),
+    ),
+    "aarch64": Calls(
+        reads=frozenset({63, 65, 207, 212, 243}),
+        writes=frozenset({64, 66, 206, 211, 269, 71}),
+        polls=frozenset({73, 128}),
+    ),
 }
 """By the name that uname(2) gives the machine."""
 
@@ -60,18 +70,15 @@ def thread_waits_in_read(native_thread_id: int, fd: int) -> bool | None:
         interpreter lock included.  ``None`` when nobody knows: no such thread, no /proc, no
         permission, another architecture.
     """
-    if _calls is None:
-        return None
-    state = _state(native_thread_id)
-    if state is None:
-        return None
-    try:
-        number, first, second = int(state[0]), int(state[1], 16), int(state[2], 16)
-    except (IndexError, ValueError):  # "running"; or "-1" and two pointers: in no system call
-        return False
-    if number in _calls.reads:
-        return first == fd
-    return number in _calls.polls and _polls_for_reading(first, second, fd)
+    return None if _calls is None else _waits(native_thread_id, fd, _calls.reads, select.POLLIN)
+
+
+def thread_waits_in_write(native_thread_id: int, fd: int) -> bool | None:
+    """Say whether a thread of this process is blocked until its peer takes bytes from `fd`.
+
+    As `thread_waits_in_read` in every other respect.
+    """
+    return None if _calls is None else _waits(native_thread_id, fd, _calls.writes, select.POLLOUT)
 
 
 def thread_activity(native_thread_id: int) -> int | None:
@@ -96,6 +103,21 @@ def thread_activity(native_thread_id: int) -> int | None:
     return sum(numbers) if marker and numbers else None
 
 
+def _waits(native_thread_id: int, fd: int, calls: frozenset[int], event: int) -> bool | None:
+    """Say whether a thread is in one of these system calls, or polls for this event."""
+    assert _calls is not None
+    state = _state(native_thread_id)
+    if state is None:
+        return None
+    try:
+        number, first, second = int(state[0]), int(state[1], 16), int(state[2], 16)
+    except (IndexError, ValueError):  # "running"; or "-1" and two pointers: in no system call
+        return False
+    if number in calls:
+        return first == fd
+    return number in _calls.polls and _polls(first, second, fd, event)
+
+
 def _state(native_thread_id: int) -> list[str] | None:
     """Return the words that the kernel shows of a thread."""
     try:
@@ -105,8 +127,8 @@ def _state(native_thread_id: int) -> list[str] | None:
         return None
 
 
-def _polls_for_reading(address: int, count: int, fd: int) -> bool:
-    """Say whether the `struct pollfd` at this address waits for `fd` alone, to read.
+def _polls(address: int, count: int, fd: int, event: int) -> bool:
+    """Say whether the `struct pollfd` at this address waits for `fd` alone, and for this event.
 
     The thread may have left its frame meanwhile.  So its memory is read as a file, which fails
     where a pointer would crash.
@@ -120,4 +142,4 @@ def _polls_for_reading(address: int, count: int, fd: int) -> bool:
         descriptor, events, _ = POLLFD.unpack(waiting)
     except (OSError, OverflowError, error):  # not there, not an address, not all of it there
         return False
-    return count == 1 and descriptor == fd and bool(events & select.POLLIN)
+    return count == 1 and descriptor == fd and bool(events & event)

@@ -149,6 +149,7 @@ def test_a_server_and_its_client(terminal: Terminal, server: str, client: str | 
             assert output.read() == ""
 
 
-def test_commands_that_end_by_themselves(terminal: Terminal) -> None:
-    for command, lines in commands("refused.console"):
+@pytest.mark.parametrize("session", ["refused.console", "check.console"])
+def test_commands_that_end_by_themselves(terminal: Terminal, session: str) -> None:
+    for command, lines in commands(session):
         terminal.run(command, lines)

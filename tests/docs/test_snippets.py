@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import portico
+from portico.sources import Sources
 from tests.tls import Authority, Pair, shake_hands
 
 from .conftest import SNIPPETS, WAIT, Run
@@ -193,6 +194,12 @@ def test_behind(run: Run) -> None:
     with run("behind.py") as server:
         header = b"PROXY TCP4 192.0.2.7 127.0.0.1 5000 80\r\n"
         assert converse(server, header) == b"192.0.2.7 asked for None\n"
+
+
+def test_one() -> None:
+    """The other file of settings is served in `tests/scenarios/test_settings_file.py`."""
+    (service,) = Sources(directory=SNIPPETS, config="one.toml").read().configuration.services
+    assert (service.target, service.settings.idle_timeout) == ("echo.py:Echo", 60)
 
 
 def test_web(run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from portico.address import (
     UNIX_PATH_SIZE,
     Address,
+    DescriptorAddress,
     InternetAddress,
     Scheme,
+    SystemdAddress,
     UnixAddress,
     from_socket_name,
     parse,
@@ -19,6 +21,8 @@ from portico.errors import AddressError
 
 INTERNET = st.sampled_from([Scheme.TCP, Scheme.TLS, Scheme.UDP])
 UNIX = st.sampled_from([Scheme.UNIX, Scheme.UNIX_DATAGRAM])
+SYSTEMD = st.sampled_from([Scheme.SYSTEMD, Scheme.SYSTEMD_TLS])
+DESCRIPTOR = st.sampled_from([Scheme.DESCRIPTOR, Scheme.DESCRIPTOR_TLS])
 PORTS = st.integers(0, 65535)
 INTERFACES = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=15)
 
@@ -55,9 +59,18 @@ def paths() -> st.SearchStrategy[str]:
     )
 
 
+def passed_names() -> st.SearchStrategy[str]:
+    """What ``FileDescriptorName=`` may be, without spaces at its ends and slashes at its begin."""
+    characters = "".join(set(string.printable) - set(string.whitespace) - {":"}) + " "
+    names = st.text(characters, min_size=1, max_size=255)
+    return names.filter(lambda name: name == name.strip() and not name.startswith("/"))
+
+
 ADDRESSES: st.SearchStrategy[Address] = st.one_of(
     st.builds(InternetAddress, INTERNET, hosts(), PORTS),
     st.builds(UnixAddress, UNIX, paths()),
+    st.builds(SystemdAddress, SYSTEMD, passed_names()),
+    st.builds(DescriptorAddress, DESCRIPTOR, st.integers(0, 9_999_999)),
 )
 
 

@@ -149,6 +149,7 @@ def connect(where: Address) -> socket.socket:
             client.bind("")  # the system names it, so that it can be answered
         client.connect(where.socket_address)
         return client
+    assert isinstance(where, InternetAddress)
     host = {"": "127.0.0.1"}.get(where.host, where.host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     client = socket.socket(family, where.scheme.socket_type)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from greenlet import getcurrent, greenlet
 
-from portico.acceptor import Acceptor, Pause
+from portico.acceptor import Acceptor, Pause, is_ready, is_shared
 from portico.engines.green.sockets import NOW
 from portico.engines.green.watch import Watch
 
@@ -83,6 +83,7 @@ class GreenAcceptor(Acceptor):
         self._fruitless = 0
         self._asked = False
         self._left_in_batch = 0
+        self._is_shared = is_shared(server)
         if server.fileno() < 0:
             raise ValueError("the listener is closed")
         self._batch = ACCEPT_BATCH if can_batch else 0
@@ -137,6 +138,10 @@ class GreenAcceptor(Acceptor):
                 self._left_in_batch = self._batch
                 return True
             if monotonic() >= deadline:
+                if self._is_shared and is_ready(self._server) and self._take_token():
+                    # As in `portico.acceptor`: who was woken for a client may have come to naught.
+                    self._asked = True
+                    return True
                 break
         self.is_woken = False
         return False

@@ -1,0 +1,146 @@
+"""Do what every process does that serves a configuration: import the handlers, log, count.
+
+Owns the words about what was done.  Leaves serving to `portico.service`; how many processes there
+are, to `portico.program`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
+
+from portico import logs, systemd, target
+from portico.address import Address
+from portico.configuration import ProcessSettings, ServiceSettings
+from portico.console import say
+from portico.errors import SettingError
+from portico.listener import expand, scheme_of
+from portico.logfile import LogFile
+from portico.service import Assignment, Tally
+from portico.settings import Settings
+
+LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Where a listener is to be opened.
+
+    Attributes:
+        address: Where.
+        settings: Those of its service.
+    """
+
+    address: Address
+    settings: Settings
+
+
+def expanded(services: Sequence[ServiceSettings]) -> tuple[ServiceSettings, ...]:
+    """Put a descriptor for each socket in the place of those that systemd passes under a name.
+
+    Takes the sockets that systemd passes, whether they are asked for or not.
+
+    Raises:
+        ListenerError: It passed none of that name.
+    """
+    systemd.passed_sockets()  # so that no child takes them for its own
+    return tuple(replace(each, addresses=tuple(expand(each.addresses))) for each in services)
+
+
+def openings(services: Sequence[ServiceSettings]) -> list[Opening]:
+    """Return where the listeners of all services are, in the order of `assign`."""
+    return [Opening(address, each.settings) for each in services for address in each.addresses]
+
+
+def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
+    """Import the handler of each service, and say what each server is to do.
+
+    Raises:
+        PorticoError: There is no such handler, or it cannot serve at an address of its service.
+    """
+    assignments: list[Assignment] = []
+    for each in services:
+        handler = target.load(each.target)
+        for address in each.addresses:
+            target.check_scheme(each.target, handler, scheme_of(address))
+            assignments.append(Assignment(handler, address, each.settings))
+    return assignments
+
+
+@contextmanager
+def logged(settings: ProcessSettings) -> Generator[None]:
+    """Log the servers' events: to a file, or to standard error unless the target has arranged it.
+
+    Raises:
+        SettingError: The file cannot be written.
+    """
+    with log_kept(settings):
+        detach = logs.attach()
+        try:
+            yield
+        finally:
+            detach()
+
+
+@contextmanager
+def log_kept(settings: ProcessSettings) -> Generator[None]:
+    """Keep the log that the settings name, whoever writes to it.
+
+    Raises:
+        SettingError: The file cannot be written.
+    """
+    handler: LogFile | None = None
+    if settings.log_file is not None:
+        try:
+            handler = LogFile(settings.log_file)
+        except OSError as error:
+            expected = f"a file that can be written ({error.strerror})"
+            raise SettingError("log_file", str(settings.log_file), expected) from error
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(handler)
+    else:
+        logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("portico").setLevel(settings.log_level.upper())
+    try:
+        yield
+    finally:
+        if handler is not None:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+def forget_logs() -> None:
+    """Take off what logs in this process, so that the target can arrange its own."""
+    root = logging.getLogger()
+    for handler in tuple(root.handlers):
+        root.removeHandler(handler)
+
+
+def report(tallies: Sequence[Tally], seconds: float) -> None:
+    """Say what became of the open connections and what was done, for each of several addresses."""
+    for tally in tallies:
+        where = f"{tally.address}: " if len(tallies) > 1 else ""
+        if tally.drained is not None and not tally.address.scheme.is_datagram:
+            say(f"{where}{tally.drained}")
+        if where:
+            say(f"{where}{counts([tally])}")
+    say(f"stopped after {seconds:.1f} s: {counts(tallies)}")
+
+
+def counts(tallies: Sequence[Tally]) -> str:
+    """Say how many requests were served, and what became of the others."""
+    return counted(
+        sum(tally.served for tally in tallies),
+        refused=sum(tally.refused for tally in tallies),
+        cut_off=sum(tally.cut_off for tally in tallies),
+    )
+
+
+def counted(served: int, **others: int) -> str:
+    """Say how many requests were served, and how many of others there were, if any."""
+    words = [f"{served} request{'s' * (served != 1)} served"]
+    words += [f"{count} {name.replace('_', ' ')}" for name, count in others.items() if count]
+    return ", ".join(words)

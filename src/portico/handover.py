@@ -1,0 +1,280 @@
+"""Hand what a program holds over to another process of the same command line.
+
+Owns how that process is started, what it inherits and how it learns of it: descriptors, and an
+environment variable that says what they are.  Leaves to both sides when one takes over from the
+other; they tell each other over a channel.
+
+Source: execve(2) and open(2), ``O_CLOEXEC``: which descriptors a program is left with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Generator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from portico.address import Address, BoundAddress, DescriptorAddress
+from portico.channel import Channel
+from portico.counters import Counters
+from portico.errors import PorticoError
+from portico.listener import OpenListener
+from portico.place import Place
+from portico.socketfile import SocketFile
+from portico.systemd import passed_sockets
+
+VARIABLE: Final = "PORTICO_HERITAGE"
+"""The environment variable.  Not a setting: it names descriptors, which only an heir has."""
+
+
+class HandoverError(PorticoError, OSError):
+    """What the environment says of inherited descriptors is not so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heirloom:
+    """A listener that was inherited.
+
+    Attributes:
+        address: Where it is, as it was configured.
+        descriptor: Its descriptor.
+        file: The file that belongs to it, if there is one.
+    """
+
+    address: str
+    descriptor: int
+    file: SocketFile | None
+
+    def open(self, address: BoundAddress) -> OpenListener:
+        """Return the listener; until it is taken over, closing it ends nothing.
+
+        Raises:
+            HandoverError: The descriptor is no socket.
+        """
+        try:
+            bound = socket.socket(fileno=self.descriptor)
+            is_both = bound.family == socket.AF_INET6 and not bound.getsockopt(
+                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+            )
+            family = socket.AddressFamily(bound.family)
+            place = Place(address, family, bound.getsockname(), is_both)
+        except OSError as error:
+            reason = f"descriptor {self.descriptor} is no listener for {address}: {error.strerror}"
+            raise HandoverError(f"{VARIABLE}: {reason}") from error
+        return OpenListener(place, bound, is_lent=True)
+
+    def close(self) -> None:
+        """Close the descriptor of a listener that is not wanted."""
+        with suppress(OSError):
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Heritage:
+    """What a process has inherited from its predecessor.
+
+    Attributes:
+        channel: To the predecessor.
+        predecessor: Its process.
+        listeners: Those that it had open.
+        counters: What `Counters.adopt` takes; ``None`` if it had none.
+    """
+
+    channel: Channel
+    predecessor: int
+    listeners: tuple[Heirloom, ...]
+    counters: str | None
+
+
+def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | None:
+    """Return what was inherited, ``None`` if nothing; the environment forgets it.
+
+    The descriptors are not passed on to programs that this process starts.
+
+    Raises:
+        HandoverError: It cannot be read.
+    """
+    variables: MutableMapping[str, str] = os.environ if environment is None else environment
+    text = variables.pop(VARIABLE, None)
+    if text is None:
+        return None
+    try:
+        told: dict[str, Any] = json.loads(text)
+        listeners = tuple(
+            Heirloom(
+                str(each["address"]),
+                int(each["descriptor"]),
+                None if each["file"] is None else _read_file(*each["file"]),
+            )
+            for each in told["listeners"]
+        )
+        channel, predecessor = int(told["channel"]), int(told["predecessor"])
+        counters = told["counters"]
+        for descriptor in (channel, *(each.descriptor for each in listeners)):
+            os.set_inheritable(descriptor, False)
+        if told["passed"]:  # which were passed to another process, the first one
+            variables["LISTEN_PID"] = str(os.getpid())
+            variables["LISTEN_FDS"] = str(len(told["passed"]))
+            variables["LISTEN_FDNAMES"] = ":".join(told["passed"])
+        end = Channel(socket.socket(fileno=channel))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HandoverError(f"{VARIABLE}: expected what a predecessor sets ({error})") from error
+    return Heritage(end, predecessor, listeners, None if counters is None else str(counters))
+
+
+@dataclass(slots=True)
+class Heir:
+    """A process that is to take over.
+
+    Attributes:
+        process: Its number.
+        channel: To it.
+        is_serving: Whether it has taken over.
+    """
+
+    process: int
+    channel: Channel
+    is_serving: bool = False
+
+    def wait_serving(self, timeout: float | None) -> list[str] | None:
+        """Wait until it has taken over; it is killed if that takes too long.
+
+        Args:
+            timeout: Seconds; ``None`` for no limit.
+
+        Returns:
+            The addresses of the listeners that it has taken; ``None`` if it ends instead.
+        """
+        poll = select.poll()
+        poll.register(self.channel, select.POLLIN)
+        while True:
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                with suppress(ProcessLookupError):
+                    os.kill(self.process, signal.SIGKILL)
+            messages = self.channel.receive()
+            if messages is None:
+                self.channel.close()
+                return None
+            for message in messages:
+                if message["kind"] == "serving":
+                    self.is_serving = True
+                    return list(message.get("listeners", ()))
+
+    def wait(self) -> str:
+        """Collect it, now that it has ended, and say how it did."""
+        with suppress(ChildProcessError):
+            _, status = os.waitpid(self.process, 0)
+            return said_end(status)
+        return "ended"
+
+
+def start_heir(
+    listeners: Sequence[tuple[Address, OpenListener]],
+    counters: Counters | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Heir:
+    """Start the command line of this process again, and let it have what this one holds.
+
+    Args:
+        listeners: Each with the address that was asked for.
+        counters: What is counted in, if it can be shared.
+        variables: More for its environment.
+
+    Raises:
+        OSError: The system refuses.
+    """
+    ours, theirs = Channel.pair()
+    try:
+        with _inheritable(theirs.fileno(), *_descriptors(listeners)):
+            if counters is None:
+                process = _spawn(theirs, listeners, None, variables or {})
+            else:
+                with counters.inheritable() as text:
+                    process = _spawn(theirs, listeners, text, variables or {})
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Heir(process, ours)
+
+
+def said_end(status: int) -> str:
+    """Say how a process ended, by what waitpid(2) told."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"was killed by signal {-code}"
+
+
+def _spawn(
+    channel: Channel,
+    listeners: Sequence[tuple[Address, OpenListener]],
+    counters: str | None,
+    variables: Mapping[str, str],
+) -> int:
+    told = {
+        "channel": channel.fileno(),
+        "predecessor": os.getpid(),
+        "counters": counters,
+        "passed": [each.name for each in passed_sockets()],
+        "listeners": [
+            {
+                "address": str(address),
+                "descriptor": each.socket.fileno(),
+                "file": None if each.file is None else _written_file(each.file),
+            }
+            for address, each in listeners
+            if not address.scheme.is_inherited  # which the heir opens by its number, as we did
+        ],
+    }
+    command = [sys.executable, *sys.orig_argv[1:]]
+    environment = {**os.environ, **variables, VARIABLE: json.dumps(told)}
+    return os.posix_spawn(
+        sys.executable,
+        command,
+        environment,
+        setsigmask=(),
+        setsigdef=[each for each in signal.Signals if signal.getsignal(each) != signal.SIG_IGN],
+    )
+
+
+def _descriptors(listeners: Sequence[tuple[Address, OpenListener]]) -> list[int]:
+    """Return what an heir has to inherit."""
+    found = [each.descriptor for each in passed_sockets()]
+    for address, each in listeners:
+        if isinstance(address, DescriptorAddress):
+            found.append(address.descriptor)
+        else:
+            found.append(each.socket.fileno())
+    return found
+
+
+@contextmanager
+def _inheritable(*descriptors: int) -> Generator[None]:
+    """Let programs that are started in the block have these descriptors."""
+    try:
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, True)
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+
+
+def _read_file(path: str, device: int, inode: int) -> SocketFile:
+    return SocketFile(Path(path), int(device), int(inode))
+
+
+def _written_file(file: SocketFile) -> tuple[str, int, int]:
+    return str(file.path), file.device, file.inode

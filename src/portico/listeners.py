@@ -1,0 +1,123 @@
+"""Keep the listeners of a program, each opened once, however often its settings are read.
+
+Owns which listener belongs to which address: those that are open, and those that a predecessor has
+left.  Leaves opening one to `portico.listener`.
+
+Source: listen(2), which may be called again for another backlog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from portico.handover import Heirloom
+from portico.listener import OpenListener
+from portico.service import Opening, open_listeners
+
+
+class Listeners:
+    """The listeners of all generations, each opened once.
+
+    Args:
+        heirlooms: Those of a predecessor.
+    """
+
+    def __init__(self, heirlooms: Iterable[Heirloom] = ()) -> None:
+        self._heirlooms = list(heirlooms)
+        self._files: dict[int, Heirloom] = {}  # of the listeners that are still a predecessor's
+        self._open: list[tuple[str, OpenListener]] = []
+
+    def gather(self, wanted: Sequence[Opening]) -> tuple[OpenListener, ...]:
+        """Return a listener for each place: one that is open already, or another one.
+
+        Raises:
+            PorticoError: One cannot be had; none is opened then.
+        """
+        spare = list(self._open)
+        found: list[OpenListener | None] = [_take(spare, each) for each in wanted]
+        found = [
+            self._inherit(each) if opened is None else opened
+            for each, opened in zip(wanted, found, strict=True)
+        ]
+        pairs = list(zip(wanted, found, strict=True))
+        opened = iter(open_listeners([each for each, known in pairs if known is None]))
+        gathered: list[OpenListener] = []
+        for each, known in pairs:
+            listener = next(opened) if known is None else known
+            if known is None:
+                self._open.append((str(each.address), listener))
+            else:
+                _listen_again(listener, each.settings.backlog)
+            gathered.append(listener)
+        return tuple(gathered)
+
+    def keep(self, used: Iterable[OpenListener]) -> list[OpenListener]:
+        """Close those that nobody uses, and return them."""
+        kept = {id(each) for each in used}
+        gone = [each for _, each in self._open if id(each) not in kept]
+        self._open = [pair for pair in self._open if id(pair[1]) in kept]
+        for each in gone:
+            each.close()
+        return gone
+
+    def take_over(self) -> list[str]:
+        """Own what was inherited and is used, and let the rest go; returns its addresses."""
+        for each in self._heirlooms:
+            each.close()
+        self._heirlooms.clear()
+        taken: list[str] = []
+        for text, listener in self._open:
+            heirloom = self._files.pop(id(listener), None)
+            if heirloom is not None:
+                listener.take_over(heirloom.file)
+                taken.append(text)
+        return taken
+
+    def hand_over(self, taken: Sequence[str]) -> list[OpenListener]:
+        """Leave those to another process that it has taken; returns them."""
+        left, handed = list(taken), list[OpenListener]()
+        for text, listener in self._open:
+            if text in left:
+                left.remove(text)
+                listener.hand_over()
+                handed.append(listener)
+        return handed
+
+    def close(self) -> None:
+        """Close all, and what nobody asked for.  Callable again."""
+        for _, listener in self._open:
+            listener.close()
+        for heirloom in self._heirlooms:
+            heirloom.close()
+        self._open, self._heirlooms = [], []
+
+    def _inherit(self, opening: Opening) -> OpenListener | None:
+        """Open what a predecessor had at an address."""
+        address: Any = opening.address
+        for each in self._heirlooms:
+            if each.address == str(address):
+                self._heirlooms.remove(each)
+                listener = each.open(address)
+                self._files[id(listener)] = each
+                self._open.append((each.address, listener))
+                return listener
+        return None
+
+
+def _take(spare: list[tuple[str, OpenListener]], opening: Opening) -> OpenListener | None:
+    """Take a listener of an address out of those that are left."""
+    for at, (text, listener) in enumerate(spare):
+        if text == str(opening.address):
+            del spare[at]
+            return listener
+    return None
+
+
+def _listen_again(listener: OpenListener, backlog: int) -> None:
+    """Have a listener that is open hold so many clients from now on."""
+    address = listener.place.address
+    if not address.scheme.is_datagram and not listener.is_lent:
+        with suppress(OSError):
+            listener.socket.listen(backlog)

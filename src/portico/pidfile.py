@@ -1,0 +1,204 @@
+"""Keep the number of this process in a file, for who sends signals to it.
+
+Owns the file: that there is one process for it, and that it goes when its process does.  Leaves to
+the program when there is one, and to whom it is handed over.
+
+Source: proc_pid_stat(5) (``starttime``, in clock ticks after the boot).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from portico.errors import PorticoError
+from portico.exclusion import alone_in
+
+MODE: Final = 0o644
+"""Everybody may read the number, and only the owner change it."""
+
+CLOCK_SLACK: Final = 2.0
+"""Seconds by which the age of a process and that of a file may disagree, when both are right."""
+
+MOST_BYTES: Final = 32
+"""What is read of a file that may be anything."""
+
+
+class PidFileError(PorticoError, OSError):
+    """A pid file cannot be had."""
+
+
+class PidFile:
+    """A file that holds the number of this process while the ``with`` block runs.
+
+    Args:
+        path: Where; ``None`` for no file at all.
+        predecessor: The process that hands its file over later.  Until then its number in the file
+            is no error, and the file is left alone.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, predecessor: int | None = None) -> None:
+        # Absolute: the process may change its directory before it removes the file.
+        self._path = None if path is None else Path(path).absolute()
+        self._predecessor = predecessor
+        self._descriptor: int | None = None
+        self._process = os.getpid()
+
+    def __enter__(self) -> Self:
+        """Make the file, in the place of one whose process is gone.
+
+        Raises:
+            PidFileError: Another process has it and is alive, or the system refuses.
+        """
+        self._process = os.getpid()
+        if self._path is not None:
+            try:
+                with alone_in(self._path.parent):
+                    self._take(self._path)
+            except PidFileError:
+                raise
+            except OSError as error:
+                raise _failure(self._path, error.strerror or str(error)) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the file, if it still holds the number of this process."""
+        if self._path is not None and os.getpid() == self._process:  # not in a child
+            with suppress(OSError), alone_in(self._path.parent):
+                if _read(self._path) == self._process:
+                    self._remove(self._path)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def hand_over(self, pid: int) -> None:
+        """Write the number of another process into the file, which is that one's from now on.
+
+        Raises:
+            PidFileError: The system refuses.
+        """
+        if self._path is None:
+            return
+        try:
+            with alone_in(self._path.parent):
+                if _read(self._path) == self._process:
+                    self._write(pid)
+        except OSError as error:
+            raise _failure(self._path, error.strerror or str(error)) from error
+
+    def _take(self, path: Path) -> None:
+        """Make the file, or find that it is this process's already."""
+        found = _read(path)
+        if found is not None and found == self._predecessor:
+            return
+        if found == os.getpid() and self._predecessor is not None:
+            return  # handed over already
+        if found is not None and _is_alive(found, path):
+            raise _failure(path, f"process {found} ({_command(found)}) has it, and is alive")
+        self._make(path)
+
+    def _make(self, path: Path) -> None:
+        """Put a whole file in the place of what is there: a reader never sees half of a number."""
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        with suppress(FileNotFoundError):  # of a process that died here, and had this number
+            draft.unlink()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(draft, flags, MODE)
+        try:
+            os.fchmod(self._descriptor, MODE)  # whatever the umask took away
+            self._write(os.getpid())
+            draft.rename(path)
+        except BaseException:
+            draft.unlink()
+            raise
+
+    def _write(self, pid: int) -> None:
+        """Write a number into the file that was made here; or into another one, by its path.
+
+        Its descriptor may write to it even after the process has become another user.
+        """
+        if self._descriptor is None:
+            assert self._path is not None
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        text = f"{pid}\n".encode()
+        os.pwrite(self._descriptor, text, 0)
+        os.ftruncate(self._descriptor, len(text))
+
+    def _remove(self, path: Path) -> None:
+        """Remove the file, or empty it where this process may not change the directory any more."""
+        try:
+            path.unlink()
+        except PermissionError:
+            if self._descriptor is not None:
+                os.ftruncate(self._descriptor, 0)
+
+
+def _read(path: Path) -> int | None:
+    """Return the number in a file; ``None`` if there is no file, or an empty one.
+
+    Raises:
+        PidFileError: There is something else, which is nobody's to replace.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise _failure(path, "it is not a regular file; it was left alone")
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        return None
+    try:
+        text = os.read(descriptor, MOST_BYTES).strip()
+    finally:
+        os.close(descriptor)
+    if text == b"":
+        return None
+    if len(text) > 10 or not text.isdigit() or int(text) == 0:
+        raise _failure(path, "it holds something else than the number of a process; left alone")
+    return int(text)
+
+
+def _is_alive(pid: int, path: Path) -> bool:
+    """Say whether the process lives that wrote its number into a file."""
+    if pid == os.getpid():  # the number of one before, in a container as a rule
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    began = _start_time(pid)
+    # The number is another process's by now if that one began after the file was written.
+    return began is None or began <= path.lstat().st_mtime + CLOCK_SLACK
+
+
+def _start_time(pid: int) -> float | None:
+    """Return the time of day at which a process began; ``None`` if it cannot be told."""
+    with suppress(OSError, ValueError, IndexError):
+        # After the last parenthesis, since the name of a program may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        ticks = int(fields[19])
+        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return time.time() - since_boot + ticks / os.sysconf("SC_CLK_TCK")
+    return None
+
+
+def _command(pid: int) -> str:
+    """Return the name of the program of a process."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
+    return "unknown"
+
+
+def _failure(path: Path, reason: str) -> PidFileError:
+    return PidFileError(f"cannot have the pid file {path}: {reason}")

@@ -1,0 +1,70 @@
+"""Have signals end a wait, as descriptors do.
+
+Owns the handlers of the signals that it hears, and the pipe into which the interpreter writes their
+numbers.  To be used in the main thread.
+
+Source: signal.set_wakeup_fd in the documentation of Python.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class SignalPipe:
+    """Hears signals while the ``with`` block runs.
+
+    Args:
+        numbers: Which.
+    """
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._numbers = tuple(numbers)
+        self._reader = self._writer = -1
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in self._numbers:
+            signal.signal(number, do_nothing)  # the interpreter writes its number
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        self.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when a signal has come."""
+        return self._reader
+
+    def take(self) -> bytes:
+        """Return the numbers of the signals that have come, in their order; never waits."""
+        with suppress(BlockingIOError):
+            return os.read(self._reader, 4096)
+        return b""
+
+    def close(self) -> None:
+        """Close the pipe, and leave the handlers: for a child, which has others by then."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+def do_nothing(number: int, frame: FrameType | None) -> None:
+    """Handle a signal that has done its work when it has ended a wait, or that is ignored.
+
+    A handler, and not ``SIG_IGN``, which programs that are started would inherit.
+    """

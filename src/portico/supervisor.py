@@ -1,0 +1,473 @@
+"""Keep worker processes serving: start, watch and replace them, and exchange them for a reload.
+
+Owns the generations of workers, the listeners that they share, and what signals mean.  Waits in one
+call for all that can happen: signals, what workers say, and the next instant at which something is
+due.  Leaves what to do next to `portico.supervision`, which only decides, the processes to
+`portico.workers`, and serving to `portico.worker`.
+
+The listeners are opened once.  None of them is closed while somebody may still wait in its queue:
+a worker that goes leaves it open for the others.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from math import ceil, inf
+from typing import Final, TypeAlias
+
+from portico import privileges
+from portico.configuration import MOST_WORKERS, Configuration
+from portico.console import say
+from portico.counters import Counters
+from portico.duty import counted, expanded, log_kept, openings
+from portico.errors import CountersError, PorticoError
+from portico.handover import Heir, Heritage, start_heir
+from portico.listeners import Listeners
+from portico.logfile import reopen_all
+from portico.pidfile import PidFile
+from portico.service import STOP_PATIENCE, raise_descriptor_limit, station_names
+from portico.signals import SignalPipe
+from portico.supervision import (
+    Adopt,
+    Drain,
+    End,
+    Generation,
+    GiveUp,
+    Interrupt,
+    Kill,
+    Limits,
+    Report,
+    Situation,
+    Start,
+    Stop,
+    Wait,
+    decide,
+)
+from portico.systemd import Notifier
+from portico.workers import Reading, Workers
+
+Load: TypeAlias = Callable[[], Configuration]
+
+DRAIN_SLACK: Final = 2 * STOP_PATIENCE
+"""Seconds beyond `drain_timeout` after which a worker that still drains is ended: it has ways of
+its own to end handlers, and more to tell than one that is killed."""
+
+
+SIGNALS: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCHLD,
+)
+"""What a supervisor hears."""
+
+
+class SupervisorError(PorticoError, RuntimeError):
+    """No worker can be started; says why."""
+
+
+class Supervisor:
+    """Keeps workers serving.
+
+    Args:
+        load: Reads the configuration.
+        configuration: What it has read.
+        notifier: Tells systemd.
+        heritage: What a predecessor has left; ``None`` if there is none.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        configuration: Configuration,
+        notifier: Notifier,
+        heritage: Heritage | None = None,
+    ) -> None:
+        self._load = load
+        self._notifier = notifier
+        self._heritage = heritage
+        self._listeners = Listeners(() if heritage is None else heritage.listeners)
+        self._signals = SignalPipe(SIGNALS)
+        self._workers = Workers(self._change, self._let_go)
+        self._readings: dict[int, Reading] = {}
+        self._wanted = 0
+        self._serving: Generation | None = None
+        self._upcoming: Generation | None = None
+        self._last_number = 0
+        self._stop = Stop.NOT
+        self._has_ended = False
+        self._reload_is_due = False
+        self._failure = ""
+        self._heir: Heir | None = None
+        self._handed_over: set[int] = set()
+        self._first = configuration
+        self._counters: Counters
+        self._pid_file: PidFile
+        self._started = time.monotonic()
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; in the main thread, which is the only one.
+
+        Raises:
+            PorticoError: What was asked cannot be done, or no worker can start.
+        """
+        process = self._first.process
+        identity = privileges.find(process.user, process.group)
+        predecessor = None if self._heritage is None else self._heritage.predecessor
+        raise_descriptor_limit()
+        with ExitStack() as closing:
+            closing.callback(self._listeners.close)
+            self._pid_file = closing.enter_context(PidFile(process.pid_file, predecessor))
+            self._counters = self._workers.counters = self._make_counters()
+            closing.callback(self._counters.close)
+            self._begin(self._first)
+            privileges.drop(identity)
+            closing.enter_context(log_kept(process))
+            closing.enter_context(self._signals)
+            self._work()
+        if self._failure:
+            raise SupervisorError(self._failure)
+
+    # --- the loop -------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Do what is due, and wait for what comes next, until nobody is left."""
+        while not self._has_ended:
+            until = self._act()
+            if not self._has_ended:
+                self._wait(until)
+        if self._failure:
+            return
+        seconds = time.monotonic() - self._started
+        if self._heir is not None and self._heir.is_serving:
+            say(f"has handed over after {seconds:.1f} s")
+            return
+        counts = self._counters.totals().sum
+        served = counts.finished + counts.failed + counts.peer_gone
+        words = counted(served, refused=counts.refused, cut_off=counts.cut_off, lost=counts.lost)
+        say(f"stopped after {seconds:.1f} s: {words}")
+
+    def _act(self) -> float | None:
+        """Carry out what is decided; return until when to wait then."""
+        while True:
+            self._workers.look()
+            situation = Situation(
+                self._workers.states,
+                self._wanted,
+                self._serving,
+                self._upcoming,
+                self._heritage is not None,
+                self._stop,
+            )
+            actions = decide(situation, time.monotonic())
+            for action in actions:
+                if isinstance(action, Wait):
+                    if len(actions) == 1:
+                        return action.until
+                else:
+                    self._carry_out(action)
+            if self._has_ended or not actions:
+                return None
+
+    def _carry_out(self, action: object) -> None:
+        match action:
+            case Start(generation):
+                self._workers.start(self._readings[generation], self._wanted)
+            case Drain(worker, reason):
+                self._workers.drain(worker, self._rest_of, reason)
+            case Report(worker, reason, by_signal):
+                self._workers.ask(worker, reason, by_signal=by_signal)
+            case Interrupt(worker):
+                self._workers.interrupt(worker)
+            case Kill(worker, reason):
+                self._workers.kill(worker, reason)
+            case Adopt():
+                self._adopt()
+            case GiveUp(_, reason):
+                self._give_up(reason)
+            case End():
+                self._has_ended = True
+            case _:
+                raise AssertionError(action)
+
+    def _wait(self, until: float | None) -> None:
+        """Wait until something happens, or until an instant, and take note of it."""
+        ready = self._poll(until)
+        for each in self._workers:
+            if each.channel.fileno() in ready:
+                self._workers.listen(each)
+        if self._heir is not None and self._heir.channel.fileno() in ready:
+            self._listen_to_heir(self._heir)
+        for number in self._signals.take():
+            self._obey(number)
+        has_any_ended = self._workers.collect()
+        if self._stop is not Stop.NOT and self._workers.have_left:
+            # Those who connect now are refused, and try elsewhere; in the queue they would wait for
+            # the end of the drain, and then be reset.
+            self._listeners.close()
+        elif has_any_ended:
+            self._tidy()
+
+    def _poll(self, until: float | None) -> set[int]:
+        """Wait; return the descriptors that have something to tell."""
+        poll = select.poll()
+        poll.register(self._signals, select.POLLIN)
+        for each in self._workers:
+            if not each.is_gone:
+                poll.register(each.channel, select.POLLIN)
+        if self._heir is not None and not self._heir.is_serving:
+            poll.register(self._heir.channel, select.POLLIN)
+        now, interval = time.monotonic(), self._notifier.watchdog_interval
+        instants = [until if until is not None else inf]
+        if interval is not None:
+            instants.append(now + interval)
+        pause = max(0.0, min(instants) - now)
+        ready = poll.poll(None if pause == inf else ceil(pause * 1000))
+        self._workers.excuse(now + pause)
+        self._notifier.keep_alive()
+        return {number for number, _ in ready}
+
+    # --- signals --------------------------------------------------------------------------
+
+    def _obey(self, number: int) -> None:
+        match number:
+            case signal.SIGTERM | signal.SIGINT:
+                self._end(signal.Signals(number).name)
+            case signal.SIGHUP if self._stop is Stop.NOT:
+                self._reload()
+            case signal.SIGUSR1:
+                self._reopen()
+            case signal.SIGUSR2 if self._stop is Stop.NOT:
+                self._hand_over()
+            case signal.SIGTTIN if self._stop is Stop.NOT:
+                self._want(min(self._wanted + 1, MOST_WORKERS))
+            case signal.SIGTTOU if self._stop is Stop.NOT:
+                self._want(max(1, self._wanted - 1))
+            case _:
+                pass
+
+    def _end(self, why: str) -> None:
+        """Begin to end; the second time, at once."""
+        if self._stop is Stop.NOT:
+            say(f"stops ({why})")
+            self._stop = Stop.DRAIN
+            generation = self._serving or self._upcoming
+            within = None if generation is None else generation.limits.drain_timeout
+            self._notifier.stopping("draining", within=within)
+            if self._heir is not None and not self._heir.is_serving:
+                with suppress(ProcessLookupError):
+                    os.kill(self._heir.process, signal.SIGTERM)
+        elif self._stop is Stop.DRAIN:
+            say(f"stops at once ({why} again)")
+            self._stop = Stop.NOW
+
+    def _reload(self) -> None:
+        """Read the configuration and start workers with it; after the reload that is under way."""
+        if self._upcoming is not None:
+            self._reload_is_due = True
+            return
+        self._reload_is_due = False
+        say("reloads")
+        self._notifier.reloading("reloading")
+        try:
+            self._begin(self._load())
+        except (PorticoError, OSError) as error:
+            self._failed_reload(str(error))
+
+    def _failed_reload(self, reason: str) -> None:
+        say(f"cannot reload, and serves as before: {reason}")
+        self._notifier.ready(f"could not reload: {reason}")
+
+    def _reopen(self) -> None:
+        """Open the log files again, here and in every worker."""
+        try:
+            reopen_all()
+        except OSError as error:
+            say(f"cannot open the log again: {error}")
+        else:
+            say("has opened its log again")
+        self._workers.reopen_logs()
+
+    def _want(self, count: int) -> None:
+        if count != self._wanted:
+            self._wanted = count
+            say(f"is to have {count} worker{'s' * (count != 1)}")
+
+    # --- generations ----------------------------------------------------------------------
+
+    def _begin(self, configuration: Configuration) -> None:
+        """Begin a generation of workers.
+
+        Raises:
+            PorticoError: An address cannot be had.
+        """
+        process = configuration.process
+        services = expanded(configuration.services)
+        wanted = openings(services)
+        listeners = self._listeners.gather(wanted)
+        self._counters.release_abandoned()  # of a predecessor that was killed
+        self._counters.allot(station_names(listeners))
+        if self._wanted == 0 or self._count_of_last() != process.worker_count():
+            # Otherwise it stays as it was changed by signals.
+            self._wanted = max(1, process.worker_count())
+        self._last_number += 1
+        self._readings[self._last_number] = Reading(
+            self._last_number,
+            replace(configuration, services=services),
+            listeners,
+            tuple(each.address for each in wanted),
+        )
+        self._upcoming = Generation(self._last_number, _limits(configuration))
+
+    def _count_of_last(self) -> int:
+        return self._readings[self._last_number].configuration.process.worker_count()
+
+    def _adopt(self) -> None:
+        """Have the upcoming generation be the one that serves."""
+        upcoming, self._upcoming = self._upcoming, None
+        assert upcoming is not None
+        is_first, self._serving = self._serving is None, upcoming
+        reading = self._readings[upcoming.number]
+        addresses = ", ".join(str(each.address) for each in reading.listeners)
+        if is_first:
+            self._take_over()
+            for each in reading.listeners:
+                say(f"ready on {each.address}")
+        else:
+            say(f"serves as reloaded (generation {upcoming.number}); earlier workers drain")
+        self._notifier.ready(f"ready on {addresses}")
+        if self._reload_is_due:
+            self._reload()
+
+    def _give_up(self, reason: str) -> None:
+        """Forget the upcoming generation."""
+        self._upcoming = None
+        if self._serving is None:
+            say("no worker can start")
+            self._failure = reason
+        else:
+            self._failed_reload(reason)
+            if self._reload_is_due:
+                self._reload()
+        self._tidy()
+
+    def _take_over(self) -> None:
+        """Tell the predecessor that it can go."""
+        heritage, self._heritage = self._heritage, None
+        if heritage is not None:
+            heritage.channel.send("serving", listeners=self._listeners.take_over())
+            heritage.channel.close()
+
+    def _tidy(self) -> None:
+        """Forget the readings that nobody serves any more, and close their listeners."""
+        used = {each.reading.number for each in self._workers}
+        used |= {each.number for each in (self._serving, self._upcoming) if each is not None}
+        self._readings = {
+            number: reading
+            for number, reading in self._readings.items()
+            if number in used or number == self._last_number
+        }
+        kept = [each for number in used for each in self._readings[number].listeners]
+        for gone in self._listeners.keep(kept):
+            say(f"serves {gone.place.address} no more")
+
+    def _rest_of(self, reading: Reading) -> list[int]:
+        """Return the listeners from which nobody else accepts, by their numbers in a reading."""
+        if self._stop is Stop.NOT and self._serving is not None:
+            others = {id(each) for each in self._readings[self._serving.number].listeners}
+        else:
+            others = self._handed_over
+        return [at for at, each in enumerate(reading.listeners) if id(each) not in others]
+
+    def _change(self, number: int, change: Callable[[Generation], Generation]) -> None:
+        """Exchange what is known of a generation, if it still counts."""
+        if self._serving is not None and self._serving.number == number:
+            self._serving = change(self._serving)
+        if self._upcoming is not None and self._upcoming.number == number:
+            self._upcoming = change(self._upcoming)
+        serving, now = self._serving, time.monotonic()
+        if serving is not None and serving.number == number and serving.retry > now:
+            say(f"starts another worker in {serving.retry - now:.1f} s")
+
+    def _let_go(self) -> None:
+        """Close in a child what is the supervisor's."""
+        self._signals.close()
+        if self._heir is not None:
+            self._heir.channel.close()
+        if self._heritage is not None:
+            self._heritage.channel.close()
+        self._listeners.close()  # the lent ones are others, and a child ends nothing by this
+
+    # --- a successor ----------------------------------------------------------------------
+
+    def _make_counters(self) -> Counters:
+        """Return the mapping that all workers count in: the predecessor's, if it can be read."""
+        text = None if self._heritage is None else self._heritage.counters
+        if text is not None:
+            try:
+                return Counters.adopt(text)
+            except CountersError as error:
+                say(f"counts from nothing: {error}")
+        return Counters.create()
+
+    def _hand_over(self) -> None:
+        """Start another supervisor, which is to take over."""
+        if self._heir is not None:
+            say(f"another supervisor (process {self._heir.process}) is starting already")
+            return
+        if self._serving is None:
+            say("cannot hand over before it serves")
+            return
+        reading = self._readings[self._serving.number]
+        pairs = list(zip(reading.addresses, reading.listeners, strict=True))
+        variables = self._notifier.variables(0)
+        variables.pop("WATCHDOG_PID", None)  # it will be the heir's
+        try:
+            self._heir = start_heir(pairs, self._counters, variables)
+        except OSError as error:
+            say(f"cannot start another supervisor: {error}")
+            return
+        say(f"starts another supervisor (process {self._heir.process})")
+
+    def _listen_to_heir(self, heir: Heir) -> None:
+        """Go when it serves, and stay if it does not."""
+        messages = heir.channel.receive()
+        for message in messages or ():
+            if message["kind"] == "serving":
+                heir.is_serving = True
+                handed = self._listeners.hand_over(message.get("listeners", ()))
+                self._handed_over = {id(each) for each in handed}
+                try:
+                    self._pid_file.hand_over(heir.process)
+                except PorticoError as error:
+                    say(str(error))
+                self._notifier.main_process(heir.process)
+                say(f"leaves everything to process {heir.process}")
+                self._stop = Stop.DRAIN
+        if messages is None and not heir.is_serving:
+            heir.channel.close()
+            self._heir = None
+            say(f"the other supervisor {heir.wait()} before it served; this one goes on")
+
+
+def _limits(configuration: Configuration) -> Limits:
+    """Return what workers of a configuration may do."""
+    process = configuration.process
+    timeouts = [each.settings.drain_timeout for each in configuration.services]
+    longest = max((each for each in timeouts if each is not None), default=0.0)
+    return Limits(
+        start_timeout=process.start_timeout,
+        worker_timeout=process.worker_timeout,
+        drain_timeout=None if None in timeouts else longest + DRAIN_SLACK,
+        max_memory=process.max_worker_memory,
+    )

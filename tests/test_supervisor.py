@@ -1,0 +1,477 @@
+"""A supervisor and its workers, as real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.supervised import ECHO, Supervised, supervised
+from tests.support import PATIENCE, Client, eventually, goodbye, received
+
+SECOND = ECHO.replace('VERSION = b""', 'VERSION = b"second "')
+BROKEN = "import nothing_of_this_name\n"
+
+
+def test_workers_serve_until_sigterm_and_everything_is_said(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        first, second = program.workers()
+        assert program.ask(b"hello\n") == b"hello\n"
+        assert int(program.ask(b"who\n")) in {first, second}
+        program.stop()
+        assert program.wait_ended() == 0
+        assert len(program.find(r"worker \d \(process \d+\) has ended")) == 2
+        assert program.find(r"stopped after .* s: 2 requests served")
+
+
+def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        assert program.ask() == b"hello\n"
+        os.kill(program.workers()[0], signal.SIGKILL)
+        program.wait_for(r"worker 1 \(process \d+\) was killed by SIGKILL")
+        program.wait_ready(2)
+        assert program.ask() == b"hello\n"
+        program.stop()
+
+
+def test_a_client_in_the_queue_of_a_killed_worker_is_served_by_the_next(tmp_path: Path) -> None:
+    """The serial engine has it wait there while another one is served."""
+    with supervised(tmp_path, workers=1, engine="serial") as program:
+        program.wait_ready(1)
+        with program.connect() as first, program.connect() as waiting:
+            first.sendall(b"one\n")
+            assert first.recv(64) == b"one\n"
+            waiting.sendall(b"two\n")
+            os.kill(program.workers()[0], signal.SIGKILL)
+            assert waiting.recv(64) == b"two\n"
+            assert goodbye(first) == b""
+        program.stop()
+
+
+def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        program.send(signal.SIGKILL)
+        program.wait_silent()
+        assert len(program.find("has lost its supervisor")) == 2
+
+
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with supervised(tmp_path, settings={"drain_timeout": None}) as program:
+        program.wait_ready(2)
+        with program.connect() as client:
+            client.sendall(b"hello")  # half of a line: it is not idle
+            program.send(signal.SIGTERM)
+            program.wait_for("stops \\(SIGTERM\\)")
+            program.send(signal.SIGINT)
+            program.wait_silent()
+            assert program.wait_ended() == 0
+            assert program.find("stops at once")
+
+
+def test_ctrl_c_is_the_supervisors(tmp_path: Path) -> None:
+    """The terminal sends it to the whole group, and each worker drains once."""
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        with program.connect() as client:
+            client.sendall(b"hello\n")
+            assert client.recv(64) == b"hello\n"
+            os.killpg(program.pid, signal.SIGINT)
+            assert goodbye(client) == b""  # idle, so it is given end-of-file
+        program.wait_silent()
+        assert program.wait_ended() == 0
+        assert len(program.find("has ended")) == 2
+
+
+def test_a_target_that_does_not_import_ends_it_with_the_reason(tmp_path: Path) -> None:
+    with supervised(tmp_path, BROKEN) as program:
+        assert program.wait_ended() == 2
+        program.wait_silent()
+        assert program.find("no worker can start")
+        assert program.find(r"error: cannot serve .* importing .* failed with ModuleNotFoundError")
+
+
+def test_a_worker_that_does_not_come_to_serve_is_ended_and_says_where_it_was(
+    tmp_path: Path,
+) -> None:
+    source = "import threading\nthreading.Event().wait()  # for nothing\n"
+    with supervised(tmp_path, source, workers=1, start_timeout=1.5) as program:
+        assert program.wait_ended() == 2
+        program.wait_silent()
+        assert program.find("for nothing")
+        assert program.find("is killed: it does not serve after 1.5 s")
+
+
+# --- more and less -----------------------------------------------------------------------
+
+
+def test_signals_ask_for_one_worker_more_or_less_but_never_none(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        program.send(signal.SIGTTIN)
+        program.wait_ready(2)
+        program.send(signal.SIGTTOU)
+        program.wait_for("worker 2 .* drains: it is one too many")
+        program.wait_for("worker 2 .* has ended")
+        program.send(signal.SIGTTOU)
+        assert program.ask() == b"hello\n"
+        assert len(program.workers()) == 1
+        program.stop()
+
+
+def test_a_worker_that_has_served_enough_is_replaced(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1, max_requests=3, max_requests_jitter=1) as program:
+        program.wait_ready(1)
+        for _ in range(4):
+            assert program.ask() == b"hello\n"
+        program.wait_for(r"drains: it has served \d requests \(max_requests\)")
+        program.wait_for("has ended")
+        assert program.ask() == b"hello\n"
+        program.stop()
+
+
+def test_a_worker_that_has_grown_is_replaced(tmp_path: Path) -> None:
+    source = ECHO.replace("for line in self.rfile:", "for line in grown(self.rfile):") + (
+        "\nkept = []\ndef grown(lines):\n    kept.append(bytearray(b'x') * (256 << 20))\n"
+        "    return lines\n"
+    )
+    with supervised(tmp_path, source, workers=1, max_worker_memory=200 << 20) as program:
+        program.wait_ready(1)
+        assert program.ask() == b"hello\n"
+        program.wait_for(r"drains: it takes \d+ MiB of memory \(max_worker_memory\)")
+        program.wait_ready(2)
+        program.stop()
+
+
+# --- reload ------------------------------------------------------------------------------
+
+
+def test_a_reload_serves_with_other_code_and_finishes_with_the_earlier(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        with program.connect() as early:
+            early.sendall(b"half ")  # so it is not idle
+            program.write(SECOND)
+            program.send(signal.SIGHUP)
+            program.wait_for("serves as reloaded")
+            eventually(lambda: program.ask() == b"second hello\n")
+            early.sendall(b"and half\n")
+            assert early.recv(64) == b"half and half\n"
+            early.shutdown(socket.SHUT_WR)
+            assert received(early) == b""
+        program.wait_for("has ended", 2)
+        program.stop()
+
+
+@pytest.mark.parametrize("reason", ["code", "settings", "address"])
+def test_a_reload_that_cannot_start_leaves_what_serves(tmp_path: Path, reason: str) -> None:
+    with supervised(tmp_path) as program, socket.create_server(("127.0.0.1", 0)) as taken:
+        program.wait_ready(2)
+        before = program.workers()
+        process, services = program.told["process"], program.told["services"]
+        if reason == "code":
+            program.write(BROKEN)
+        elif reason == "settings":
+            program.write(process=process | {"max_requests": 0})
+        else:
+            occupied = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+            program.write(services=[services[0] | {"addresses": [occupied]}])
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before: .+")
+        assert program.workers() == before
+        assert program.ask() == b"hello\n"
+        program.write(SECOND, process=process, services=services)
+        program.send(signal.SIGHUP)
+        program.wait_for("serves as reloaded")
+        eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+
+
+def test_a_reload_opens_addresses_that_came_and_closes_those_that_went(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with supervised(tmp_path, addresses=("tcp://127.0.0.1:0", f"unix:{path}")) as program:
+        program.wait_ready(2)
+        first = program.told["services"][0]
+        with Client(socket.AF_UNIX, socket.SOCK_STREAM) as early:
+            early.connect(str(path))
+            early.sendall(b"half ")
+            other = tmp_path / "other"
+            program.write(services=[first | {"addresses": ["tcp://127.0.0.1:0", f"unix:{other}"]}])
+            program.send(signal.SIGHUP)
+            program.wait_for("serves as reloaded")
+            with Client(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(str(other))
+                client.sendall(b"hello\n")
+                assert client.recv(64) == b"hello\n"
+            assert program.ask() == b"hello\n"
+            early.sendall(b"and half\n")
+            assert early.recv(64) == b"half and half\n"
+        program.wait_for(f"serves unix:{path} no more")
+        assert not path.exists()
+        program.stop()
+        assert not other.exists()
+
+
+def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: Path) -> None:
+    """One that drains would close them at the end of its time."""
+    limits = {"max_connections": 2}
+    with supervised(tmp_path, workers=1, settings=limits, log_level="info") as program:
+        program.wait_ready(1)
+        with program.connect() as first, program.connect() as second, program.connect() as third:
+            for client in (first, second):
+                client.sendall(b"here\n")
+                assert client.recv(64) == b"here\n"
+                client.sendall(b"half ")  # so it is not idle
+            third.sendall(b"who\n")
+            program.write(SECOND)
+            program.send(signal.SIGHUP)
+            program.wait_for(" drains: 2 open")
+            first.close()
+            worker = third.recv(64)
+            assert worker.startswith(b"second ")
+            assert int(worker.split()[1]) == program.workers()[-1]
+            second.sendall(b"and half\n")
+            assert second.recv(64) == b"half and half\n"
+        program.stop()
+
+
+def test_reloads_that_come_too_fast_are_one(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        program.write(SECOND)
+        for _ in range(5):
+            program.send(signal.SIGHUP)
+        eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+
+
+# --- a successor -------------------------------------------------------------------------
+
+
+def children_of(process: int) -> list[str]:
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+def hand_over(program: Supervised) -> int:
+    """Have another supervisor take over, and return its process."""
+    before = program.pid
+    program.send(signal.SIGUSR2)
+    heir = int(program.wait_for(r"leaves everything to process (\d+)")[1])
+    program.pid = heir
+    assert heir != before
+    return heir
+
+
+def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_path: Path) -> None:
+    path, pid_file = tmp_path / "echo", tmp_path / "pid"
+    addresses = ("tcp://127.0.0.1:0", f"unix:{path}", "udp://127.0.0.1:0")
+    source = ECHO.replace("class Echo(", "class Lines(") + (
+        "\ndef Echo(request, client, server):\n"
+        "    if not isinstance(request, tuple):\n        Lines(request, client, server)\n"
+    )
+    with supervised(tmp_path, source, addresses=addresses, pid_file=str(pid_file)) as program:
+        program.wait_ready(2)
+        first = program.pid
+        assert int(pid_file.read_text()) == first
+        assert program.ask() == b"hello\n"
+        program.write(source.replace('b""', 'b"second "'))
+        heir = hand_over(program)
+        program.wait_for("has handed over after")
+        assert program.wait_ended() == 0
+        assert int(pid_file.read_text()) == heir
+        eventually(lambda: program.ask() == b"second hello\n")
+        with Client(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+            client.sendall(b"hello\n")
+            assert client.recv(64) == b"second hello\n"
+        program.stop()
+        assert program.find(r"stopped after .* s: 3 requests served")  # of both, in one mapping
+        assert not path.exists()
+        assert not pid_file.exists()
+
+
+def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        before = program.workers()
+        program.write(BROKEN)
+        program.send(signal.SIGUSR2)
+        program.wait_for(r"the other supervisor exited with status 2 before it served")
+        assert program.find("ModuleNotFoundError")
+        assert program.workers() == before
+        assert program.ask() == b"hello\n"
+        program.write(SECOND)
+        hand_over(program)
+        eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+
+
+def test_one_successor_at_a_time_and_none_before_it_serves(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    slow = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(gate)!r}).exists(): time.sleep(0.01)\n"
+    )
+    with supervised(tmp_path, slow + ECHO, workers=1) as program:
+        eventually(lambda: len(children_of(program.pid)) == 1)
+        program.send(signal.SIGUSR2)
+        program.wait_for("cannot hand over before it serves")
+        gate.touch()
+        program.wait_ready(1)
+        gate.unlink()
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another supervisor")
+        program.send(signal.SIGUSR2)
+        program.wait_for(r"another supervisor \(process \d+\) is starting already")
+        program.stop()
+        assert program.wait_ended() == 0
+
+
+# --- stuck -------------------------------------------------------------------------------
+
+
+def test_a_stuck_worker_says_where_and_is_replaced_and_the_other_goes_on(tmp_path: Path) -> None:
+    with supervised(tmp_path, engine="green", worker_timeout=2.2) as program:
+        program.wait_ready(2)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            stuck = int(client.recv(64))
+            (other,) = {*program.workers()} - {stuck}
+            client.sendall(b"loop\n")
+            for _ in range(20):
+                assert int(program.ask(b"who\n")) == other
+            program.wait_for("while True:|pass  # without end")
+            program.wait_for(rf"\(process {stuck}\) is killed: no sign of life for 2.2 s")
+            assert goodbye(client) == b""
+        program.wait_ready(3)
+        assert other in program.workers()
+        program.stop()
+
+
+@pytest.mark.long
+def test_one_whose_interpreter_is_held_is_made_to_say_where(tmp_path: Path) -> None:
+    """A regular expression holds it, so that no other thread can answer."""
+    source = ECHO.replace("pass  # without end", "re.match('(a+)+$', 'a' * 60 + 'b')  # held")
+    source = f"import re\n{source}"
+    with supervised(tmp_path, source, workers=1, engine="green", worker_timeout=2.5) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"loop\n")
+            program.wait_for("does not answer; its threads are at:")
+            program.wait_for(r'app\.py", line \d+ in handle')
+            program.wait_for("is killed: no sign of life for 2.5 s")
+        program.wait_ready(2)
+        program.stop()
+
+
+@pytest.mark.long
+def test_a_handler_that_waits_for_its_peer_is_not_stuck(tmp_path: Path) -> None:
+    """The serial engine comes round after the handler only."""
+    source = ECHO.replace("self.wfile.write(VERSION + line)", "self.answer(line)") + (
+        "\n    def answer(self, line):\n"
+        "        self.wfile.write(b'x' * (1 << 26) + line if line == b'give\\n' else line)\n"
+    )
+    source = source.replace('\nVERSION = b""\n', "")
+    with supervised(tmp_path, source, workers=1, engine="serial", worker_timeout=2.5) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            worker = int(client.recv(64))
+            with pytest.raises(TimeoutError):
+                client.settimeout(4)
+                client.recv(64)
+            client.sendall(b"who\n")
+            assert int(client.recv(64)) == worker
+            client.sendall(b"give\n")  # and read none of it
+            threading.Event().wait(4)
+            client.settimeout(PATIENCE)
+            while not client.recv(1 << 20).endswith(b"\n"):
+                pass
+            assert not program.find("is stuck")
+            client.sendall(b"loop\n")
+            program.wait_for("while True:|pass  # without end")
+            program.wait_for("is killed")
+        program.stop()
+
+
+# --- logs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_the_log_is_opened_again_in_every_process(tmp_path: Path, workers: int | None) -> None:
+    log, moved = tmp_path / "log", tmp_path / "moved"
+    process: dict[str, Any] = {"log_file": str(log), "log_level": "info"}
+    with supervised(tmp_path, workers=workers, **process) as program:
+        program.wait_ready(workers or 0)
+        eventually(lambda: log.read_text().count(" started") == (workers or 1))
+        assert stat.S_IMODE(log.stat().st_mode) & 0o137 == 0
+        log.rename(moved)
+        program.send(signal.SIGUSR1)
+        program.wait_for("has opened its log again")
+        program.stop()
+        assert log.read_text().count(" drains") == (workers or 1)
+        assert " drains" not in moved.read_text()
+
+
+def test_a_log_that_cannot_be_opened_again_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    with supervised(tmp_path, workers=1, log_file=str(folder / "log")) as program:
+        program.wait_ready(1)
+        folder.rename(tmp_path / "moved")
+        program.send(signal.SIGUSR1)
+        program.wait_for("^portico: cannot open the log again")
+        program.wait_for(r"process \d+ cannot open its log again")
+        assert program.ask() == b"hello\n"
+        program.stop()
+
+
+def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    with supervised(tmp_path, log_file=str(tmp_path / "nowhere" / "log")) as program:
+        assert program.wait_ended() == 2
+        program.wait_for("error: log_file=")
+
+
+# --- without workers ---------------------------------------------------------------------
+
+
+def test_a_process_that_serves_alone_hands_over_too(tmp_path: Path) -> None:
+    path, pid_file = tmp_path / "echo", tmp_path / "pid"
+    addresses = ("tcp://127.0.0.1:0", f"unix:{path}")
+    with supervised(tmp_path, workers=None, addresses=addresses, pid_file=str(pid_file)) as program:
+        program.wait_ready(0)
+        assert program.ask() == b"hello\n"
+        program.write(SECOND)
+        heir = hand_over(program)
+        assert program.wait_ended() == 0
+        assert int(pid_file.read_text()) == heir
+        eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+        assert not path.exists()
+
+
+def test_it_stays_when_its_successor_cannot_serve(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=None) as program:
+        program.wait_ready(0)
+        program.write(BROKEN)
+        program.send(signal.SIGUSR2)
+        program.wait_for(r"process \d+ exited with status 2 before it served")
+        assert program.ask() == b"hello\n"
+        program.stop()
+        assert program.wait_ended() == 0
+
+
+def test_it_reads_its_certificates_again_and_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=None) as program:
+        program.wait_ready(0)
+        program.send(signal.SIGHUP)
+        program.wait_for("has read its certificates again; for other code .* it needs workers")
+        assert program.ask() == b"hello\n"
+        program.stop()
