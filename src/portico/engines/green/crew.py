@@ -88,7 +88,9 @@ class Worker(greenlet):
                             if not isinstance(error, Exception):
                                 raise
                         else:
-                            if crew.closes_plainly:
+                            if crew.is_counted:
+                                server._finish(request, client_address, None)
+                            elif crew.closes_plainly:
                                 server.shutdown_request(request)
                 except GreenletExit:
                     raise
@@ -164,6 +166,8 @@ class Crew:
         """Those that no worker has begun to serve."""
         self.closes_plainly = True
         """Whether what came on the plain path has to be closed: a datagram has not."""
+        self.is_counted = False
+        """Whether the end of what came on the plain path is counted."""
         self.dispatcher = Dispatcher(self)
         self.idle: list[Worker] = []
         self.is_running = threading.Event()
