@@ -61,8 +61,11 @@ AT_THE_END: Final = (
 class Counting(Protocol):
     """Who counts the requests of a server.  Callable from any thread."""
 
-    def note_accepted(self, count: int = 1) -> None:
-        """Count requests that came in."""
+    def note_accepted(self, count: int = 1, received: int = 0) -> None:
+        """Count requests that came in, and the bytes of those that are datagrams.
+
+        The bytes only of those for which `note_datagram` is not called.
+        """
         ...
 
     def note_refused(self, reason: RefusalReason) -> None:
@@ -71,6 +74,10 @@ class Counting(Protocol):
 
     def note_closed(self, reason: CloseReason) -> None:
         """Count the end of one."""
+        ...
+
+    def note_finished(self, count: int) -> None:
+        """Count requests whose handlers have ended, of which nothing else is told."""
         ...
 
     def note_closing(self, request: Request) -> None:

@@ -133,10 +133,19 @@ class Counter:
     def note_child_end(self, process: int) -> None:
         """Do nothing: what a handler forks is its own."""
 
-    def note_accepted(self, count: int = 1) -> None:
-        """Count requests that came in."""
+    def note_accepted(self, count: int = 1, received: int = 0) -> None:
+        """Count requests that came in, and the bytes of those that are datagrams."""
         with self._lock:
             self._station.cells[_ACCEPTED] += count
+            if received:
+                self._station.cells[_RECEIVED] += received
+
+    def note_finished(self, count: int) -> None:
+        """Count requests whose handlers have ended, of which nothing else is told."""
+        with self._lock:
+            self._station.cells[_FINISHED] += count
+            if self._is_awaited:
+                self._changed.notify_all()
 
     def note_refused(self, reason: RefusalReason) -> None:
         """Count a request that does not get as far as a handler."""

@@ -163,18 +163,19 @@ class PlainPath:
         room = size + 1  # tells a datagram that just fits from one that was cut
         shared = crew.share(self._listener)
         receive, flags = self._listener.recvfrom, NOW
-        before = len(requests)
+        before, received = len(requests), 0
         try:
             for _ in range(most):
                 packet, client_address = receive(room, flags)
                 if len(packet) > size:
                     packet = server._cut(packet, client_address)
+                received += len(packet)
                 requests.append(((packet, shared), client_address, True))
         except OSError:  # as above
             pass
         count = len(requests) - before
         if crew.is_counted and count:
-            server._guard.counter.note_accepted(count)
+            server._guard.counter.note_accepted(count, received)
         return self._schedule(count)
 
     def _schedule(self, count: int) -> bool:
