@@ -261,7 +261,9 @@ class Supervisor:
         if self._stop is Stop.NOT:
             say(f"stops ({why})")
             self._stop = Stop.DRAIN
-            self._notifier.stopping("draining")
+            serving = self._serving
+            within = None if serving is None else serving.limits.drain_timeout
+            self._notifier.stopping("draining", within=within)
             if self._heir is not None and not self._heir.is_serving:
                 with suppress(ProcessLookupError):
                     os.kill(self._heir.process, signal.SIGTERM)
