@@ -13,7 +13,7 @@ import pytest
 
 import portico
 from portico import address
-from portico.announcement import Announcement
+from portico.announcement import Announcement, failure_told
 from portico.errors import ListenerError
 from portico.service import STOP_PATIENCE, Assignment, Service
 from portico.settings import Settings
@@ -161,9 +161,8 @@ def test_a_watched_service_whose_loop_is_held_tells_nothing(manager: Systemd) ->
 )
 def test_why_a_service_failed_is_told(manager: Systemd, error: Exception, expected: str) -> None:
     """Of portico's errors the words, of others the kind: these may say anything."""
-    with Service([Assignment(Echo, address.parse(LOOPBACK), Settings())]) as service:
-        with pytest.raises(type(error)), Announcement(Notifier(str(manager.path)), service):
-            raise error
+    with pytest.raises(type(error)), failure_told(Notifier(str(manager.path))):
+        raise error
     assert manager.told() == f"STATUS=failed: {expected}"
 
 

@@ -68,7 +68,7 @@ def test_the_version_is_the_packages() -> None:
     assert (result.exit_code, result.output) == (0, f"portico {portico.__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["run"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["doctor"], ["check"], ["run"]])
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_every_command_explains_itself(command: list[str], option: str) -> None:
     result = CliRunner().invoke(cli.commands, [*command, option])
@@ -293,7 +293,7 @@ def test_networks_may_be_named_again_and_again() -> None:
 
 def test_every_option_that_is_not_given_leaves_the_default_to_the_settings() -> None:
     given = cli.commands.commands["serve"].make_context("serve", [HANDLER, LOOPBACK]).params
-    own = {"target_name", "address_texts", "config", "services"}
+    own = {"target_name", "address_texts", "config", "services", "reload"}
     assert set(given) - own == set(NOTATIONS) - {"target", "addresses"}
     assert {given[name] for name in set(given) - own} <= {None, ()}
 

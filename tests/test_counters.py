@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -196,7 +196,7 @@ def test_totals_are_the_sum_of_all_that_was_ever_counted_and_never_go_down(
 def test_totals_that_are_read_meanwhile_never_go_down(counters: Counters, workers: int) -> None:
     """Workers count, are killed in the middle of it, and are replaced; a reader looks all along."""
     killed: list[Counts] = []
-    started, stop = threading.Event(), threading.Event()
+    ears, mouth = os.pipe()
 
     def work(number: int) -> None:
         station = Row(counters, number).station(HERE)
@@ -206,29 +206,26 @@ def test_totals_that_are_read_meanwhile_never_go_down(counters: Counters, worker
     def has_served(number: int, requests: int) -> bool:
         return counters.pulse(number).served >= requests
 
-    def read() -> int:
+    def read() -> None:
         before = counters.totals().sum
-        while not stop.is_set():
+        while not select.select([ears], [], [], 0)[0]:
             now = counters.totals().sum
             assert all(getattr(now, each) >= getattr(before, each) for each in NEVER_DOWN)
             before = now
-            started.set()
-        return before.finished
 
-    reader = Call(read)
-    try:
-        assert started.wait(PATIENCE)
-        for _ in range(6):
-            rows = [counters.claim() for _ in range(workers)]
-            children = [forked(partial(work, number)) for number in rows]
-            for child, number in zip(children, rows, strict=True):
-                eventually(partial(has_served, number, counters.pulse(number).served + 100))
-                os.kill(child, signal.SIGKILL)
-                assert ended(child) == -signal.SIGKILL
-                killed.append(counters.release(number))
-    finally:
-        stop.set()
-    assert reader.result() <= counters.totals().sum.finished
+    reader = forked(read)
+    for _ in range(6):
+        rows = [counters.claim() for _ in range(workers)]
+        children = [forked(partial(work, number)) for number in rows]
+        for child, number in zip(children, rows, strict=True):
+            eventually(partial(has_served, number, counters.pulse(number).served + 100))
+            os.kill(child, signal.SIGKILL)
+            assert ended(child) == -signal.SIGKILL
+            killed.append(counters.release(number))
+    os.write(mouth, b".")
+    assert ended(reader) == 0
+    os.close(ears)
+    os.close(mouth)
     assert counters.totals().sum == Counts.sum(killed)
     assert adds_up(counters.totals().sum)
     assert counters.totals().sum.lost <= 6 * workers  # each was in the middle of one

@@ -531,7 +531,8 @@ def test_a_failure_is_told_before_it_is_handled() -> None:
 def test_a_duration_is_the_time_that_the_worker_took(monkeypatch: pytest.MonkeyPatch) -> None:
     instants = iter([90.0, 100.0, 102.5])  # accepted, taken, closed
     with TCPServer(LOOPBACK, do_nothing) as server, connect(server):
-        monkeypatch.setattr("portico.server.time", lambda: next(instants))
+        for module in ("server", "request"):
+            monkeypatch.setattr(f"portico.{module}.time", lambda: next(instants))
         with recorded(ConnectionClosed) as seen:
             server.handle_request()
     assert [(event.duration, event.reason) for event in seen] == [(2.5, CloseReason.FINISHED)]
@@ -542,7 +543,8 @@ def test_the_duration_of_what_no_worker_took_begins_with_the_accept(
 ) -> None:
     instants = iter([90.0, 102.5])
     with with_hooks(TCPServer, verify_request=fail) as server, connect(server):
-        monkeypatch.setattr("portico.server.time", lambda: next(instants))
+        for module in ("server", "request"):
+            monkeypatch.setattr(f"portico.{module}.time", lambda: next(instants))
         with recorded(ConnectionClosed) as seen:
             server.handle_request()
     assert [(event.duration, event.reason) for event in seen] == [(12.5, CloseReason.FAILED)]

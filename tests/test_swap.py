@@ -25,7 +25,7 @@ from unittest import mock
 import pytest
 
 import portico
-from portico import acceptor, families, handlers, server
+from portico import acceptor, families, handlers, request, server
 from portico.engines import ENGINES, forks, threads
 from portico.swap import PUBLIC, REPLACEABLE, Face, ProgramError, run_module, run_path
 from tests.compat.peers import PATIENCE, ask, connect, receive, serving, shout
@@ -612,7 +612,7 @@ def test_what_is_patched_on_the_face_is_patched_where_it_is_used(name: str) -> N
     face = Face("threads")
     users = [
         each
-        for each in (acceptor, families, forks, handlers, server, threads)
+        for each in (acceptor, families, forks, handlers, request, server, threads)
         if name in vars(each)
     ]
     assert users

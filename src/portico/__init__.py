@@ -36,7 +36,7 @@ from time import monotonic as time
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from portico import acceptor, events, families, handlers, logs, server
+from portico import acceptor, events, families, handlers, logs, request, server
 from portico.acceptor import _ServerSelector
 from portico.combinations import (
     ForkingTCPServer,
@@ -198,7 +198,7 @@ class _Face(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in _REPLACEABLE:
-            for module in (acceptor, families, forks, handlers, server, threads):
+            for module in (acceptor, families, forks, handlers, request, server, threads):
                 if name in vars(module):
                     setattr(module, name, value)
 

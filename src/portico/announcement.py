@@ -6,7 +6,8 @@ Owns what is said when.  Leaves how it is said to `portico.systemd`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -51,11 +52,8 @@ class Announcement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End; tells the reason if there is one."""
+        """End."""
         self._unsubscribe()
-        if error is not None:  # what others than portico say may be anything
-            words = str(error) if isinstance(error, PorticoError) else type(error).__name__
-            self._notifier.status(f"failed: {words}")
 
     def _note(self, event: Event) -> None:
         if not isinstance(event.server, AdoptingMixIn):  # one of a handler's own
@@ -81,6 +79,17 @@ class Announcement:
         timeout = self._serving.drain_timeout
         within = None if timeout is None else timeout + STOP_PATIENCE
         self._notifier.stopping("draining", within=within)
+
+
+@contextmanager
+def failure_told(notifier: Notifier) -> Generator[None]:
+    """Tell why, in the status, if what the block does fails: the last word of a service."""
+    try:
+        yield
+    except Exception as error:  # what others than portico say may be anything
+        words = str(error) if isinstance(error, PorticoError) else type(error).__name__
+        notifier.status(f"failed: {words}")
+        raise
 
 
 def ready_on(addresses: Iterable[Address]) -> str:

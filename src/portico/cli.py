@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn, TypeVar
 
 import click
 
 import portico
-from portico import options, program, swap, target
+from portico import options, program, reloader, swap, target
 from portico.configuration import Configuration
+from portico.doctor import command as doctor
 from portico.engines import ENGINES
 from portico.engines import settings as engine_settings
 from portico.errors import PorticoError
@@ -45,6 +47,11 @@ class Loader:
         """
         reading = self.reading = self._sources.read()
         return reading.configuration
+
+    def files(self) -> list[Path]:
+        """Return the files that it was read from."""
+        file = self.reading.file if self.reading else None
+        return [] if file is None else [file.path]
 
     def explaining(self, action: Callable[[], _T]) -> _T:
         """Do something with it; what is wrong with a value, or what it names, says where it stands.
@@ -76,7 +83,8 @@ def commands() -> None:
 
 @commands.command()
 @options.configured
-def serve(**given: Any) -> Callable[[], None] | None:
+@click.option("--reload", is_flag=True, help="Start anew when a file changes, in development.")
+def serve(*, reload: bool, **given: Any) -> Callable[[], None] | None:
     """Serve until SIGINT or SIGTERM: what a file says, or TARGET at each ADDRESS.
 
     \b
@@ -95,6 +103,9 @@ def serve(**given: Any) -> Callable[[], None] | None:
     """  # noqa: D301  # \b is click's, and keeps the lines apart
     with _refused():
         loader = Loader(options.sources(**given))
+        if reload:
+            loader.explaining(lambda: reloader.run(loader.load, loader.files))
+            return None
         has_left_handlers = loader.explaining(lambda: program.run(loader.load))
     return _leave if has_left_handlers else None
 
@@ -142,6 +153,9 @@ def run(
         engine_settings(engine, hubs=hubs)
     # Returned, and not called: what the program raises is not for click to catch.
     return partial(_run_program, program, args, engine=engine, hubs=hubs, is_module=is_module)
+
+
+commands.add_command(doctor.command, "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Final
 
 from portico import privileges
-from portico.announcement import Announcement, ready_on
+from portico.announcement import Announcement, failure_told, ready_on
 from portico.configuration import Configuration
 from portico.console import say
 from portico.duty import assign, expanded, logged, openings, report
@@ -50,12 +50,13 @@ def run(load: Load) -> bool:
         PorticoError: What was asked cannot be done.
     """
     heritage = inherit()
-    configuration = load()
     notifier = Notifier.take()
-    if configuration.process.worker_count():
-        Supervisor(load, configuration, notifier, heritage).run()
-        return False
-    return Soloist(configuration, notifier, heritage).run()
+    with failure_told(notifier):
+        configuration = load()
+        if configuration.process.worker_count():
+            Supervisor(load, configuration, notifier, heritage).run()
+            return False
+        return Soloist(configuration, notifier, heritage).run()
 
 
 class Soloist:

@@ -1,27 +1,18 @@
-"""Run the hooks of a server in their order, and the loop that calls them.
+"""Accept requests in a loop, and see a server from its start to its end.
 
-Owns the serving loop, what starts and stops it, and the one place where the life of a
-connection is closed (`BaseServer.serve_request`).  Leaves the kind of socket to the families
-(`portico.families`) and where a request runs to the engines (`portico.engines`).
+Owns the serving loop, what starts and stops it, its step, and what a drain does beside the
+connections.  Leaves a request that was accepted to its path (`portico.request`), the kind of socket
+to the families (`portico.families`) and where a request runs to the engines (`portico.engines`).
 
-The path of one request::
-
-    get_request -> admit_request -> verify_request -> process_request        the acceptor
-        -> prepare_request -> finish_request -> (handle_error) -> shutdown_request   a worker
-
-Source: the documentation of `socketserver` for the names and their order; its observed
-behaviour for the rest.
+Source: the documentation of `socketserver` for the names; its observed behaviour for the rest.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Collection, Iterable
-from contextvars import copy_context
 from functools import partial
 from math import inf
 from time import monotonic as time
@@ -39,7 +30,7 @@ from portico.acceptor import (
     is_ready,
     recovery,
 )
-from portico.connection import ClientAddress, Connection, Request, can_be_tracked, is_peer_gone
+from portico.connection import ClientAddress, Connection, Request, can_be_tracked
 from portico.errors import ListenerError, PreambleError
 from portico.events import (
     AcceptPaused,
@@ -47,15 +38,9 @@ from portico.events import (
     CloseReason,
     ConnectionAccepted,
     ConnectionClosed,
-    ConnectionRefused,
-    Deadline,
-    DeadlineExpired,
     Drained,
     DrainStarted,
-    HandlerFailed,
     ListenerLost,
-    PeerGone,
-    PreambleFailed,
     RefusalReason,
     ServerStarted,
     ServerStopped,
@@ -64,8 +49,8 @@ from portico.events import (
 from portico.guard import Guard, check_timeout
 from portico.lifecycle import DrainReport, Phase, move
 from portico.lobby import Guest, Lobby
+from portico.request import RequestPath, inline
 from portico.traffic import STILLNESS, connections_waiting
-from portico.waits import thread_activity, thread_waits_in_read
 
 if TYPE_CHECKING:
     from portico.drain import Drain
@@ -94,7 +79,7 @@ _BEFORE_THE_END: Final = frozenset({Phase.SERVING, Phase.STOPPED, Phase.DRAINING
 """The phases in which closing can begin with a drain, or wait for one."""
 
 
-class BaseServer:
+class BaseServer(RequestPath):
     """The hooks that every server has, and the loop that calls them.
 
     A subclass gives it a descriptor (`fileno`) and requests (`get_request`);
@@ -116,9 +101,6 @@ class BaseServer:
     ``"wait"`` leaves it in the backlog until there is one, ``"refuse"`` closes it after a
     `farewell`, ``"shed"`` closes the connection that has been idle for longest.
     """
-
-    farewell: bytes = b""
-    """What a client is sent that is refused because there is no place.  Not over TLS."""
 
     max_connections_per_peer: int | None = None
     """Connections of one IPv4 address, or of one IPv6 network of 64 bits."""
@@ -162,8 +144,6 @@ class BaseServer:
         def fileno(self) -> int: ...  # noqa: D102
         def get_request(self) -> tuple[Request, ClientAddress]: ...  # noqa: D102
 
-    RequestHandlerClass: Callable[[Any, Any, Any], Any]
-
     # Before __init__ ran, or when a subclass never calls it, these stand in.
     __lock = threading.RLock()
     # guards __loops, __acceptors, __phase and the moves of __is_shut_down.  Re-entrant, because a
@@ -174,7 +154,6 @@ class BaseServer:
     __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop begins
     __drainer = 0, 0  # the process and the thread that drain
     __phase = Phase.CREATED
-    _guard = Guard(None)
     _exhaustion: Exhaustion | None = None
 
     def __init__(
@@ -455,126 +434,10 @@ class BaseServer:
             elif guard.lobby is None or not self.__keep(guard.lobby, request, client_address):
                 self.process_request(request, client_address)
         except Exception as error:
-            self._fail(*_inline.leave(request, client_address), error, started)
+            self._fail(*inline.leave(request, client_address), error, started)
         except BaseException as error:
-            self._fail(*_inline.leave(request, client_address), error, started)
+            self._fail(*inline.leave(request, client_address), error, started)
             raise
-
-    def admit_request(self, request: Request, client_address: ClientAddress) -> bool:
-        """Say whether the server has room for this peer.
-
-        Applies the limits and networks of the settings.  Runs in the acceptor, before
-        `verify_request`, and makes no system call that waits.
-        """
-        refusal = self._guard.admit(request, client_address)
-        if refusal is not None:
-            self._guard.refusals[id(request)] = refusal
-        return refusal is None
-
-    def verify_request(self, request: Request, client_address: ClientAddress) -> bool:
-        """Say whether the program wants this request; for subclasses.
-
-        Runs in the acceptor: while it waits for something, nobody else is accepted.
-        """
-        return True
-
-    def process_request(self, request: Request, client_address: ClientAddress) -> None:
-        """Serve the request, here and now; an engine's mix-in hands it to a worker instead.
-
-        It has a copy of the context variables, as in every engine.
-        """
-        outer = _inline.serving  # of a handler that serves another server
-        _inline.serving = serving = [request, request, client_address]
-        try:
-            copy_context().run(self.serve_request, request, client_address)
-        except BaseException:
-            if serving[1] is not request:
-                _inline.prepared = serving
-            raise
-        finally:
-            _inline.serving = outer
-
-    def serve_request(self, request: Request, client_address: ClientAddress) -> bool:
-        """Run one request to its end and close it; what a worker calls.
-
-        Callable from any thread.  An `Exception` of the handler goes to `handle_error`;
-        `SystemExit`, `KeyboardInterrupt` and the like pass through, and so does what
-        `handle_error` raises.  In each case the request is closed first.
-
-        In the serial engine the worker is the acceptor.  There, programs expect to see in
-        `process_request` what the handler raised, so it passes through, and the step that
-        called `process_request` does the rest.
-
-        Returns:
-            Whether the handler finished.
-        """
-        started = time() if ConnectionClosed.subscribers else None
-        inline = _inline.serving
-        if inline is not None and inline[0] is request:
-            request, client_address = self.__prepare(request, client_address)
-            inline[1:] = request, client_address
-            if self._guard.verifies_late and not self.__verify(request, client_address):
-                return False
-            self.finish_request(request, client_address)
-        else:
-            try:
-                request, client_address = self.__prepare(request, client_address)
-                if self._guard.verifies_late and not self.__verify(request, client_address):
-                    return False
-                self.finish_request(request, client_address)
-            except Exception as error:
-                self._fail(request, client_address, error, started)
-                return False
-            except BaseException as error:
-                self._fail(request, client_address, error, started)
-                raise
-        connection = self._end(request)
-        if started is not None:
-            reason = CloseReason.FINISHED
-            if connection is not None and connection.was_cut:
-                reason = _reason_of_cut(connection)
-            self.__tell_closed(client_address, reason, started)
-        return True
-
-    def prepare_request(
-        self, request: Request, client_address: ClientAddress
-    ) -> tuple[Request, ClientAddress]:
-        """Do what has to be done with the peer before the handler sees it; in the worker.
-
-        Returns:
-            The request and the client address that the handler gets.
-        """
-        return request, client_address
-
-    def finish_request(self, request: Request, client_address: ClientAddress) -> None:
-        """Make the handler, which does all its work in its constructor."""
-        self.RequestHandlerClass(request, client_address, self)
-
-    def shutdown_request(self, request: Request) -> None:
-        """Tell the peer that no more is coming, and close the request."""
-        self.close_request(request)
-
-    def close_request(self, request: Request) -> None:
-        """Close the request."""
-
-    def handle_error(self, request: Request, client_address: ClientAddress) -> None:
-        """Report what a handler raised; called while it is being handled.
-
-        Prints the client's address and the traceback to standard error, unless all that
-        happened is that the peer of this very request went away.  What an override raises
-        ends the loop (in the serial engine) or the worker.
-        """
-        error = sys.exc_info()[1]
-        if isinstance(error, Exception) and is_peer_gone(request, error):
-            return
-        line = "-" * 40
-        print(line, file=sys.stderr)
-        print(
-            f"Exception occurred during processing of request from {client_address}",
-            file=sys.stderr,
-        )
-        traceback.print_exc()
-        print(line, file=sys.stderr)
 
     # --- what the loop needs ------------------------------------------------------------
 
@@ -743,78 +606,6 @@ class BaseServer:
         if ListenerLost.subscribers:
             emit(ListenerLost(self, error))
 
-    def _refuse(
-        self, request: Request, client_address: ClientAddress, reason: RefusalReason
-    ) -> None:
-        if reason is RefusalReason.TOO_MANY and self.farewell:
-            say_farewell(request, self.farewell)
-        self._end(request)
-        if ConnectionRefused.subscribers:
-            emit(ConnectionRefused(self, client_address, reason))
-
-    def _fail(
-        self,
-        request: Request,
-        client_address: ClientAddress,
-        error: BaseException,
-        started: float | None,
-    ) -> None:
-        """End a request whose serving raised `error`, which is being handled."""
-        reason = CloseReason.INTERRUPTED
-        connection = self._guard.connections.get(request)
-        try:
-            if isinstance(error, PreambleError):
-                reason = CloseReason.NO_PREAMBLE
-                self.__tell_preamble(client_address, connection, error)
-            elif connection is not None and connection.was_cut and isinstance(error, OSError):
-                reason = _reason_of_cut(connection)  # no fault of the handler, and no news
-            elif isinstance(error, Exception):
-                reason = self.__tell_failure(request, client_address, error)
-                self.handle_error(request, client_address)
-        finally:
-            self._end(request)
-            self.__tell_closed(client_address, reason, started)
-
-    def _end(self, request: Request) -> Connection | None:
-        """Shut a request down, and give its place back; the only way in which one ends."""
-        guard = self._guard
-        by_request, key = guard.connections.by_request, id(request)
-        connection = by_request.get(key)
-        try:
-            self.shutdown_request(request)
-        finally:
-            # The family has done so when it closed the connection, unless a program keeps that
-            # from happening, to go on with the connection elsewhere.
-            if key in by_request and guard.note_closing(request) is not None:
-                assert connection is not None, "it was there before"
-                guard.note_closed(connection)
-        return connection
-
-    def __prepare(
-        self, request: Request, client_address: ClientAddress
-    ) -> tuple[Request, ClientAddress]:
-        """Have a request prepared, and know it under what it has become."""
-        connection = self._guard.connections.by_request.get(id(request))
-        if connection is not None:
-            connection.thread = threading.get_native_id()
-        prepared = self.prepare_request(request, client_address)
-        if prepared[0] is not request:
-            self._exchange_request(request, prepared[0])
-        return prepared
-
-    def _exchange_request(self, before: Request, request: Request) -> None:
-        """Note that a connection has another socket object from now on."""
-        self._guard.connections.exchange(before, request)
-
-    def __verify(self, request: Request, client_address: ClientAddress) -> bool:
-        """Ask the program about a peer that was not known before its preamble."""
-        refusal = self._guard.admit_peer(request, client_address)
-        if refusal is None and not self.verify_request(request, client_address):
-            refusal = RefusalReason.NOT_VERIFIED
-        if refusal is not None:
-            self._refuse(request, client_address, refusal)
-        return refusal is None
-
     # --- peers that have said nothing yet -------------------------------------------------
 
     _keeps_lobby: bool = True
@@ -862,9 +653,9 @@ class BaseServer:
         try:
             self.process_request(request, client_address)
         except Exception as error:
-            self._fail(*_inline.leave(request, client_address), error, started)
+            self._fail(*inline.leave(request, client_address), error, started)
         except BaseException as error:
-            self._fail(*_inline.leave(request, client_address), error, started)
+            self._fail(*inline.leave(request, client_address), error, started)
             raise
 
     def __let_in_last(self, lobby: Lobby) -> bool:
@@ -889,7 +680,7 @@ class BaseServer:
         for guest in lobby.close():
             self._end(guest.request)
             started = guest.since if ConnectionClosed.subscribers else None
-            self.__tell_closed(guest.client_address, CloseReason.CUT, started)
+            self._tell_closed(guest.client_address, CloseReason.CUT, started)
 
     def __accept_rest(self, drain: Drain) -> None:
         """Accept what the kernel completed before now: no more than the backlog holds."""
@@ -935,112 +726,9 @@ class BaseServer:
     def _close_listener(self) -> None:
         """Close the listener, and nothing else; for the families."""
 
-    def _waits_to_read(self, connection: Connection) -> bool | None:
-        """Say whether the handler of a connection waits for bytes of it; an engine may know better.
-
-        Here, whether the thread does that serves it; ``None`` if nobody knows.
-        """
-        if connection.thread is None:
-            return None
-        try:
-            descriptor = connection.request.fileno()
-        except (AttributeError, OSError, ValueError):  # gone, or of a program's own kind
-            return None
-        return thread_waits_in_read(connection.thread, descriptor)
-
-    def _activity(self, connection: Connection) -> int | None:
-        """Return a number that grows when the handler of a connection goes on after a wait.
-
-        For sockets of which the kernel does not tell when bytes move.  ``None`` if nobody knows;
-        an engine may know better.
-        """
-        return None if connection.thread is None else thread_activity(connection.thread)
-
-    def _request_here(self) -> Request | None:
-        """Return the request that the calling thread serves, as far as the engine knows."""
-        thread = threading.get_native_id()
-        for connection in self._guard.connections:
-            if connection.thread == thread:
-                return connection.request
-        return None
-
     def _wait_event(self, event: threading.Event, seconds: float | None) -> None:
         """Wait for an event in the way of the engine."""
         event.wait(seconds)
-
-    def __tell_failure(
-        self, request: Request, client_address: ClientAddress, error: Exception
-    ) -> CloseReason:
-        """Tell the events that a request failed, and return why it will be closed."""
-        if is_peer_gone(request, error):
-            if PeerGone.subscribers:
-                emit(PeerGone(self, client_address, error))
-            return CloseReason.PEER_GONE
-        if HandlerFailed.subscribers:
-            emit(HandlerFailed(self, client_address, error))
-        return CloseReason.FAILED
-
-    def __tell_preamble(
-        self, client_address: ClientAddress, connection: Connection | None, error: PreambleError
-    ) -> None:
-        """Tell the events that a peer did not get as far as its handler."""
-        if not error.is_late:
-            if PreambleFailed.subscribers:
-                emit(PreambleFailed(self, client_address, error.stage, error.reason))
-        elif DeadlineExpired.subscribers:
-            since = time() if connection is None else connection.accepted
-            emit(DeadlineExpired(self, client_address, Deadline.HANDSHAKE, time() - since))
-
-    def __tell_closed(
-        self, client_address: ClientAddress, reason: CloseReason, started: float | None
-    ) -> None:
-        if started is not None:
-            emit(ConnectionClosed(self, client_address, reason, time() - started))
-
-
-def _reason_of_cut(connection: Connection) -> CloseReason:
-    """Return why a connection ended that was shut down under its handler."""
-    return CloseReason.CUT if connection.deadline is None else CloseReason.DEADLINE
-
-
-def say_farewell(request: Request, farewell: bytes) -> None:
-    """Send a few last words to a client, without waiting for it.
-
-    What it has said already is read: closing a connection with unread bytes resets it, and then the
-    words may be lost.
-    """
-    try:
-        request.send(farewell, socket.MSG_DONTWAIT)
-        request.recv(65536, socket.MSG_DONTWAIT)
-    except (OSError, AttributeError, TypeError):  # gone, or no connection
-        pass
-
-
-class _Inline(threading.local):
-    """What the serial engine serves in this thread.
-
-    A list each: the request as `process_request` was given it, the request as the handler sees
-    it, and its client address.
-    """
-
-    serving: list[Any] | None = None
-    """The request under way."""
-
-    prepared: list[Any] | None = None
-    """A request that failed after `prepare_request` had made another one of it: on its way
-    through `process_request` to the step, which closes it."""
-
-    def leave(
-        self, request: Request, client_address: ClientAddress
-    ) -> tuple[Request, ClientAddress]:
-        """Return a request that failed, if it was served here, as the handler saw it."""
-        prepared, self.prepared = self.prepared, None
-        if prepared is None or prepared[0] is not request:
-            return request, client_address
-        return prepared[1], prepared[2]
-
-
-_inline: Final = _Inline()
 
 
 class _Ending(threading.Event):

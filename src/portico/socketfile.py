@@ -105,12 +105,12 @@ def stale_removed(path: Path, kind: int) -> Generator[None]:
     """Remove the file of a socket that nobody listens on, and let nobody in between."""
     # Alone even where there is no file: the one that is made now looks stale until it listens.
     with alone_in(path.parent):
-        if is_socket(path) and _is_stale(path, kind):
+        if is_socket(path) and is_stale(path, kind):
             path.unlink()
         yield
 
 
-def _is_stale(path: Path, kind: int) -> bool:
+def is_stale(path: Path, kind: int) -> bool:
     """Say whether a socket surely has no listener."""
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)  # a listener with a full backlog would make it wait

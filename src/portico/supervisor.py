@@ -261,8 +261,8 @@ class Supervisor:
         if self._stop is Stop.NOT:
             say(f"stops ({why})")
             self._stop = Stop.DRAIN
-            serving = self._serving
-            within = None if serving is None else serving.limits.drain_timeout
+            generation = self._serving or self._upcoming
+            within = None if generation is None else generation.limits.drain_timeout
             self._notifier.stopping("draining", within=within)
             if self._heir is not None and not self._heir.is_serving:
                 with suppress(ProcessLookupError):

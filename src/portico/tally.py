@@ -20,6 +20,7 @@ from struct import Struct
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, Final
 
+from portico.address import BoundAddress
 from portico.counts import NO_PREAMBLE, Cell, refusal_cell
 from portico.drain import LAST_WORDS
 from portico.engines.forks import ForkingMixIn
@@ -30,15 +31,14 @@ from portico.events import (
     ConnectionRefused,
     subscribe,
 )
+from portico.lifecycle import DrainReport
 from portico.traffic import bytes_moved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from portico.address import BoundAddress
     from portico.connection import Request
     from portico.counters import Station
-    from portico.lifecycle import DrainReport
 
 CELL_OF: Final[Mapping[CloseReason, int]] = {
     CloseReason.FINISHED: Cell.FINISHED,

@@ -228,6 +228,28 @@ def test_what_a_handler_runs_has_nothing_of_systemd(folder: Path) -> None:
 # --- notifications ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("more", [[], ["--workers", "2"]])
+def test_a_service_that_cannot_start_tells_why(folder: Path, more: list[str]) -> None:
+    """`systemctl status` shows it beside the unit."""
+    path = f"{folder}/notify"
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+    ):
+        manager.settimeout(PATIENCE)
+        manager.bind(path)
+        where = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        done = subprocess.run(
+            [*SERVE, "application.py:Shout", where, *more],
+            cwd=folder,
+            env={**os.environ, "NOTIFY_SOCKET": path},
+            check=False,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 2
+        assert manager.recv(4096).decode().startswith(f"STATUS=failed: cannot listen on {where}:")
+
+
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_a_service_tells_when_it_is_ready_alive_reloading_and_stopping(
     folder: Path, kind: str
@@ -322,6 +344,6 @@ def test_workers_keep_the_passed_socket_through_a_reload_and_a_successor(folder:
         assert pid_file.read_text() == f"{successor}\n"
         ask()
         os.kill(successor, signal.SIGTERM)
-        assert told().startswith("STOPPING=1")
+        assert told().startswith("STOPPING=1\nEXTEND_TIMEOUT_USEC=")
         assert select.select([ended], [], [], PATIENCE)[0]
         assert not pid_file.exists()

@@ -144,7 +144,7 @@ class PlainPath:
         refusals = gate.admit_all([client_address for _, client_address in taken], now)
         if not any(refusals):
             return taken
-        admitted = []
+        admitted: list[tuple[GreenSocket, ClientAddress]] = []
         for (request, client_address), refusal in zip(taken, refusals, strict=True):
             if refusal is None:
                 admitted.append((request, client_address))

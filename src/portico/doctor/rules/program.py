@@ -1,0 +1,127 @@
+"""What the program itself does that does not go with how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from portico.configuration import Configuration, ServiceSettings
+from portico.doctor.facts import Facts, TargetFacts, Trial
+from portico.doctor.findings import Finding, fail, ok, warn
+
+EXTRAS: Final = (("watchfiles", "reload", "portico serve --reload"),)
+"""Packages that something needs: the package, the extra that brings it, and for what."""
+
+FORKED: Final = "a child has a copy of every lock, and none of the threads that would release it"
+
+
+def account(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether the processes can become whom they are to be."""
+    found = facts.account
+    if found is None:
+        return
+    if found.problem:
+        yield fail(
+            "account",
+            found.problem,
+            "a user and a group that are there, and root to become them",
+            "make the user (`useradd --system`), or start it as root, or leave user and group out",
+        )
+    else:
+        yield ok("account", f"it becomes {found.words}")
+
+
+def targets(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether each handler can be imported, and what the trial has shown."""
+    # Once for each: services may share a target, and mind different things of it if their engines
+    # differ.
+    several = {(each.target, each.settings.engine): each for each in configuration.services}
+    for service in several.values():
+        found = facts.targets.get(service.target)
+        if found is None:
+            continue
+        if found.problem:
+            yield fail(
+                "target", found.problem, "a handler that can be imported", "do what is said there"
+            )
+            continue
+        yield ok("target", f"{service.target} can be imported")
+        if found.trial is not None:
+            yield from _of_trial(service, found.trial)
+
+
+def _of_trial(service: ServiceSettings, trial: Trial) -> Iterator[Finding]:
+    if trial.problem:
+        yield fail(
+            "trial", f"{service.target}: {trial.problem}", "a handler that serves", "mend it"
+        )
+        return
+    for stall in trial.stalls:
+        held = f"held its event loop for {stall.duration:.1f} s or more"
+        found = f"{service.target} {held} at {stall.place}"
+        if service.settings.engine == "green":
+            yield warn(
+                "trial",
+                found,
+                "a handler that lets others go on while it waits or computes",
+                "portico.to_thread(...) around the call, portico.sleep in the place of "
+                "time.sleep, another engine, or --hubs",
+            )
+        else:
+            yield ok("trial", f"{found}; the {service.settings.engine} engine can bear that")
+    if trial.failures:
+        yield warn(
+            "trial",
+            f"{service.target} raised {', '.join(trial.failures)}",
+            "a handler that answers what it was sent",
+            "mend it, or give the trial something that it understands: --say TEXT",
+        )
+    if not trial.stalls and not trial.failures:
+        counts = f"{trial.answered} of {trial.clients} requests ended"
+        yield ok("trial", f"{service.target} held up nobody; {counts}")
+
+
+def forks(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether anybody forks beside threads."""
+    addresses = sum(len(each.addresses) for each in configuration.services)
+    forking = [each for each in configuration.services if each.settings.engine == "forks"]
+    for service in forking:
+        found = facts.targets.get(service.target, TargetFacts())
+        if found.threads:
+            yield warn(
+                "forks",
+                f"{service.target} starts threads when it is imported "
+                f"({', '.join(found.threads[:3])}), and {service.name} forks for each request",
+                f"no threads before a fork: {FORKED}",
+                "start them in the handler, or choose another engine",
+            )
+        if addresses > 1:
+            yield warn(
+                "forks",
+                f"{service.name} forks for each request, and {addresses} addresses are served in "
+                "a thread each",
+                f"one address beside forks: {FORKED}",
+                "run portico once for each address, or choose another engine",
+            )
+        elif not found.threads:
+            yield ok("forks", f"{service.name} forks, and the program has no threads beside it")
+
+
+def packages(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether what is used is installed."""
+    for service in configuration.services:
+        if service.settings.engine == "green" and facts.packages.get("greenlet") is False:
+            yield fail(
+                "packages",
+                f"{service.name} needs greenlet for the green engine",
+                "greenlet, which is installed with portico",
+                "`pip install greenlet`",
+            )
+    for package, extra, use in EXTRAS:
+        if package in facts.packages:
+            is_there = facts.packages[package]
+            state = "is installed" if is_there else f"is not; `pip install 'portico[{extra}]'`"
+            yield ok("packages", f"{package} (for {use}) {state}")
+
+
+RULES: Final = (account, targets, forks, packages)

@@ -1,0 +1,434 @@
+"""A real program that is edited, with real clients."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support import PATIENCE, ROOT, eventually, received
+from tests.tls import Authority
+
+HANDLER = """
+def handle(request, address, server):
+    request.recv(100)
+    request.sendall(b"{answer}")
+"""
+
+RUN = """
+import sys
+from pathlib import Path
+from portico import reloader
+from portico.address import parse
+from portico.configuration import Configuration, ProcessSettings, ServiceSettings
+from portico.errors import SettingError
+from portico.settings import Settings
+def load():
+    addresses = Path(sys.argv[2]).read_text().split()
+    if not addresses:
+        raise SettingError("addresses", "", "at least one")
+    return Configuration(process=ProcessSettings(), services=(ServiceSettings(
+        name="a", target=sys.argv[1], addresses=tuple(map(parse, addresses)),
+        settings=Settings()),))
+try:
+    reloader.run(load, lambda: [sys.argv[2]])
+except Exception as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+class Edited:
+    """A program that is served while it is edited, as its author sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.target = folder / "app.py"
+        self.lines: list[str] = []
+        self._stack = ExitStack()
+
+    def write(self, answer: str, before: str = "", after: str = "") -> None:
+        """Edit the handler, as most editors do: in one step."""
+        fresh = self.folder / "app.py.fresh"
+        fresh.write_text(before + HANDLER.format(answer=answer) + after)
+        fresh.replace(self.target)
+
+    def serve(self, *options: str, address: str = "tcp://127.0.0.1:0", **variables: str) -> None:
+        words = ["-m", "portico", "serve", "--reload", f"{self.target}:handle", address, *options]
+        self.start(words, **variables)
+
+    def start(self, words: list[str], **variables: str) -> None:
+        self.process = self._stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, *words],
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                start_new_session=True,
+            )
+        )
+
+    def read(self, pattern: str) -> re.Match[str]:
+        """Wait for a line, and return it."""
+        assert self.process.stderr is not None
+        stuck = threading.Timer(PATIENCE, self.end)
+        stuck.start()
+        try:
+            for line in self.process.stderr:
+                self.lines.append(line)
+                if found := re.search(pattern, line):
+                    return found
+        finally:
+            stuck.cancel()
+        raise AssertionError(f"no line {pattern!r} in {''.join(self.lines)}")
+
+    def ready(self) -> tuple[str, int]:
+        """Wait until it serves, and return where."""
+        found = self.read(r"ready on \w+://([^:]+):(\d+)")
+        return found[1], int(found[2])
+
+    def stop(self) -> str:
+        """Stop it as Ctrl-C does, which is for all processes; return what it says at the end."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.rest()
+
+    def rest(self) -> str:
+        _, said = self.process.communicate(timeout=PATIENCE)
+        return said
+
+    def processes(self) -> set[int]:
+        """Return the processes that are left of it."""
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(group) == self.process.pid and state != "Z":
+                found.add(int(entry.parent.name))
+        return found
+
+    def end(self) -> None:
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+
+    def close(self) -> None:
+        if hasattr(self, "process"):
+            self.process.terminate()
+            try:
+                self.rest()
+            finally:
+                self.end()
+        self._stack.close()
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Iterator[Edited]:
+    program = Edited(tmp_path)
+    program.write("first")
+    yield program
+    program.close()
+
+
+def ask(address: tuple[str, int]) -> bytes:
+    with socket.create_connection(address, PATIENCE) as client:
+        client.sendall(b"hello")
+        return received(client)
+
+
+def test_an_edit_is_served_at_the_same_address(edited: Edited) -> None:
+    edited.serve()
+    address = edited.ready()
+    assert ask(address) == b"first"
+    edited.write("second")
+    edited.read("app.py has changed")
+    assert edited.ready() == address
+    assert ask(address) == b"second"
+
+
+def test_of_two_edits_in_a_second_the_later_is_served(edited: Edited) -> None:
+    """Compiled code that looks the same is not taken for it: `v01` is as long as `v02`."""
+    edited.serve()
+    address = edited.ready()
+    for number in range(5):
+        answer = f"v{number:02}"
+        edited.write(answer)
+        edited.ready()
+        assert ask(address) == answer.encode()
+
+
+def test_who_connects_while_the_program_is_exchanged_is_answered(edited: Edited) -> None:
+    """The import waits until a client is in the backlog, and does not know of it."""
+    gate = edited.folder / "gate"
+    os.mkfifo(gate)
+    edited.serve()
+    address = edited.ready()
+    edited.write("second", before=f"open({str(gate)!r}).read()\n")
+    edited.read("stopped after")
+    with socket.create_connection(address, PATIENCE) as client:
+        client.sendall(b"hello")
+        gate.write_text("go on")
+        assert received(client) == b"second"
+
+
+def test_nobody_is_refused_while_edits_come(edited: Edited) -> None:
+    edited.serve("--log-level", "warning")
+    address = edited.ready()
+    answers: list[bytes] = []
+    failures: list[BaseException] = []
+    enough = threading.Event()
+
+    def come_and_go() -> None:
+        while not enough.is_set():
+            try:
+                answers.append(ask(address))
+            except OSError as error:
+                failures.append(error)
+
+    clients = [threading.Thread(target=come_and_go) for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        for number in range(4):
+            edited.write(f"v{number:02}")
+            edited.ready()
+            count = len(answers)
+            eventually(lambda: len(answers) > count + 4)  # noqa: B023  # called at once
+    finally:
+        enough.set()
+        for client in clients:
+            client.join()
+    assert failures == []
+    assert set(answers) <= {b"first", b"v00", b"v01", b"v02", b"v03"}
+    assert b"v03" in answers
+
+
+def test_a_syntax_error_is_said_and_a_client_waits_until_it_is_mended(edited: Edited) -> None:
+    edited.serve()
+    address = edited.ready()
+    edited.write("second", after="class Broken(\n")
+    edited.read(r"portico: error: .*SyntaxError.* at \S+app\.py:5")
+    edited.read("ended with status 2; waiting for a change")
+    with socket.create_connection(address, PATIENCE) as client:
+        client.sendall(b"hello")
+        edited.write("third")
+        assert received(client) == b"third"
+
+
+def test_an_error_at_the_first_start_can_be_mended_too(edited: Edited) -> None:
+    edited.target.write_text("import no_such_module\n")
+    edited.serve()
+    edited.read("ModuleNotFoundError")
+    edited.read("waiting for a change")
+    edited.write("mended")
+    assert ask(edited.ready()) == b"mended"
+
+
+def test_a_server_that_dies_is_said_and_waits_for_a_change(edited: Edited) -> None:
+    edited.write("first", before="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    edited.serve()
+    edited.read("ended by SIGKILL; waiting for a change")
+    edited.write("second")
+    assert ask(edited.ready()) == b"second"
+
+
+def test_what_is_no_error_of_ours_is_shown_whole(edited: Edited) -> None:
+    edited.write("first", before="import portico.edition as e\ne.logged = None\n")
+    edited.serve()
+    edited.read("Traceback")
+    edited.read("ended with status 1; waiting")
+
+
+def test_a_module_in_another_folder_is_watched_once_it_is_imported(edited: Edited) -> None:
+    other = edited.folder / "other"
+    (edited.folder / "program").mkdir()
+    other.mkdir()
+    (other / "words_of_the_program.py").write_text("WORD = b'one'\n")
+    edited.folder = edited.folder / "program"
+    edited.target = edited.folder / "app.py"
+    edited.target.write_text(
+        "from words_of_the_program import WORD\n"
+        "def handle(request, address, server):\n    request.sendall(WORD)\n"
+    )
+    edited.serve(PYTHONPATH=str(other))
+    address = edited.ready()
+    assert ask(address) == b"one"
+    # Its folder is told a moment before, and watched a moment after, it is ready.
+    eventually(lambda: len(watchers(edited)) == 1 and watches(edited, other))
+    (other / "words_of_the_program.py").write_text("WORD = (b'two'\n")
+    edited.read("words_of_the_program.py:1")
+    (other / "words_of_the_program.py").write_text("WORD = b'two'\n")
+    edited.ready()
+    assert ask(address) == b"two"
+
+
+def watchers(edited: Edited) -> set[int]:
+    """The processes that have something to watch with."""
+    found = set()
+    for process in edited.processes():
+        for link in Path(f"/proc/{process}/fd").iterdir():
+            try:
+                if "inotify" in str(link.readlink()):
+                    found.add(process)
+            except FileNotFoundError:
+                pass
+    return found
+
+
+def watches(edited: Edited, folder: Path) -> bool:
+    """Whether a folder is among those that are watched."""
+    inode = f"ino:{folder.stat().st_ino:x} "
+    return any(
+        inode in info.read_text()
+        for process in watchers(edited)
+        for info in Path(f"/proc/{process}/fdinfo").iterdir()
+    )
+
+
+def test_a_certificate_is_watched(edited: Edited, authority: Authority, tmp_path: Path) -> None:
+    pair = authority.issue()
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    cert = folder / "cert.pem"
+    cert.write_bytes(pair.certificate.read_bytes())
+    (edited.folder / "program").mkdir()
+    edited.folder = edited.folder / "program"
+    edited.target = edited.folder / "app.py"
+    edited.write("first")
+    edited.serve("--cert", str(cert), "--key", str(pair.key), address="tls://127.0.0.1:0")
+    edited.ready()
+    cert.write_bytes(pair.certificate.read_bytes())
+    edited.read("cert.pem has changed")
+    edited.ready()
+
+
+def test_ctrl_c_drains_and_leaves_no_process(edited: Edited) -> None:
+    """At a terminal all processes get it, and only the parent is to hear it."""
+    edited.serve()
+    assert ask(edited.ready()) == b"first"
+    said = edited.stop()
+    assert "drained in" in said
+    assert "1 request served" in said
+    assert edited.process.returncode == 0
+    assert edited.processes() == set()
+
+
+def test_a_signal_to_the_parent_alone_ends_all(edited: Edited) -> None:
+    edited.serve()
+    edited.ready()
+    edited.process.terminate()
+    assert "stopped after" in edited.rest()
+    assert edited.process.returncode == 0
+    assert edited.processes() == set()
+
+
+def test_a_stop_while_it_waits_for_a_change_ends_at_once(edited: Edited) -> None:
+    edited.target.write_text("1 +\n")
+    edited.serve()
+    edited.read("waiting for a change")
+    edited.stop()
+    assert edited.process.returncode == 0
+
+
+BUSY = """
+import time
+def handle(request, address, server):
+    request.sendall(b"busy")
+    while True:
+        time.sleep(0.01)
+"""
+
+
+def test_a_second_signal_ends_it_at_once(edited: Edited) -> None:
+    edited.target.write_text(BUSY)
+    edited.serve()
+    with socket.create_connection(edited.ready(), PATIENCE) as client:
+        assert client.recv(4) == b"busy"
+        os.killpg(edited.process.pid, signal.SIGINT)
+        edited.read("drains: 1 open")
+        os.killpg(edited.process.pid, signal.SIGINT)
+        assert "1 cut off" in edited.rest()
+    assert edited.process.returncode == 0
+
+
+def test_a_handler_that_goes_on_does_not_keep_an_edit_back(edited: Edited) -> None:
+    edited.target.write_text(BUSY)
+    edited.serve()
+    address = edited.ready()
+    with socket.create_connection(address, PATIENCE) as client:
+        assert client.recv(4) == b"busy"
+        edited.write("second")
+        edited.ready()
+        assert ask(address) == b"second"
+
+
+@pytest.mark.long
+def test_a_server_that_does_not_end_is_killed(edited: Edited) -> None:
+    source = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+    edited.write("first", before=source)
+    edited.serve()
+    address = edited.ready()
+    edited.write("second")
+    edited.ready()
+    assert ask(address) == b"second"
+
+
+def test_settings_are_read_again_and_listeners_follow(edited: Edited, tmp_path: Path) -> None:
+    settings = tmp_path / "addresses"
+    settings.write_text("tcp://127.0.0.1:0")
+    edited.start(["-c", RUN, f"{edited.target}:handle", str(settings)])
+    one = edited.ready()
+    settings.write_text("tcp://127.0.0.1:0 tcp://127.0.0.1:0")
+    edited.read("addresses has changed")
+    assert edited.ready() == one
+    two = edited.ready()
+    assert ask(one) == ask(two) == b"first"
+    settings.write_text("")
+    edited.read("error: addresses='': expected at least one; waiting for a change")
+    settings.write_text(f"tcp://127.0.0.1:{two[1]}")
+    assert edited.ready() == two
+    assert ask(two) == b"first"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(one, PATIENCE)
+
+
+def test_an_address_that_is_in_the_way_of_the_next_gives_it_room(
+    edited: Edited, tmp_path: Path
+) -> None:
+    settings = tmp_path / "addresses"
+    settings.write_text("tcp://127.0.0.1:0")
+    edited.start(["-c", RUN, f"{edited.target}:handle", str(settings)])
+    _, port = edited.ready()
+    settings.write_text(f"tcp://0.0.0.0:{port}")
+    assert edited.ready() == ("0.0.0.0", port)
+    assert ask(("127.0.0.1", port)) == b"first"
+
+
+def test_a_file_of_settings_is_watched(edited: Edited, tmp_path: Path) -> None:
+    settings = tmp_path / "portico.toml"
+    text = f"target = '{edited.target}:handle'\naddresses = 'tcp://127.0.0.1:0'\n"
+    settings.write_text(text)
+    edited.start(["-m", "portico", "serve", "--reload", "--config", str(settings)])
+    address = edited.ready()
+    settings.write_text(f"{text}idle_timeot = 1\n")
+    edited.read(r"error: .*portico.toml.*; waiting for a change")
+    settings.write_text(f"{text}idle_timeout = 1\n")
+    assert edited.ready() == address
+    assert ask(address) == b"first"
+
+
+def test_an_address_that_cannot_be_had_is_an_error_of_the_first_start(edited: Edited) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        edited.serve(address=f"tcp://127.0.0.1:{taken.getsockname()[1]}")
+        assert "portico: error: cannot listen on" in edited.rest()
+    assert edited.process.returncode == 2
+    assert edited.processes() == set()
