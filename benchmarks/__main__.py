@@ -181,12 +181,13 @@ def compare_servers(
 )
 @python_option
 def workers(engine: str, pairs: int, seconds: float, python: str) -> None:
-    """Say what two workers do beside one, on all cores: the load needs some of them, too."""
-    for title, handler, load, connections in (
-        ("1 ms of computing, a connection each", "compute", "connections", 16),
-        ("1 ms of computing, on connections that stay", "compute", "messages", 64),
-        ("echo, on connections that stay", "echo", "messages", 64),
-        ("echo, a connection each", "echo", "connections", 64),
+    """Say what two workers do beside one: what they compute, and what a message costs them."""
+    apart = machine.choose_cores()
+    for title, handler, load, connections, cores in (
+        ("1 ms of computing, on all cores", "compute", "messages", 64, None),
+        ("1 ms of computing, a connection each, on all cores", "compute", "connections", 16, None),
+        ("Echo, workers and load on a core each", "echo", "messages", 64, apart),
+        ("Connect, echo, close, on a core each", "echo", "connections", 64, apart),
     ):
         finding = compare_workers(
             engine,
@@ -195,6 +196,7 @@ def workers(engine: str, pairs: int, seconds: float, python: str) -> None:
             connections=connections,
             pairs=pairs,
             seconds=seconds,
+            cores=cores,
             python=python,
         )
         click.echo(f"{title}: {finding}")

@@ -2,6 +2,10 @@
 
 Both programs run all the time, and the load goes from one to the other in short turns, as in
 `side_by_side`; the one that is not loaded uses no processor time to speak of.
+
+How much they compute is measured on all cores, of which the load needs a little.  What a message
+costs is measured as everywhere here: the workers on one core, the load on another.  With all three
+on two cores, what is measured would be how the system shares these out.
 """
 
 import ctypes
@@ -12,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from types import TracebackType
 from typing import Self
 
+from benchmarks.machine import Cores, pinned
 from benchmarks.process import ServerFailed
 from benchmarks.side_by_side import in_turns
 from benchmarks.toolchain import HERE, generator
@@ -31,17 +36,20 @@ MESSAGE = 64
 class Workers:
     """A program with workers; a context manager that stops it."""
 
-    def __init__(self, count: int, engine: str, handler: str, python: str) -> None:
+    def __init__(
+        self, count: int, engine: str, handler: str, python: str, cores: Cores | None
+    ) -> None:
         self._count = count
         self._lines: list[str] = []
         self._changed = threading.Condition()  # guards _lines
         script = str(HERE / "servers" / "workers.py")
-        self._process = subprocess.Popen(
-            [python, script, str(count), engine, handler],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with _on(None if cores is None else cores.server):
+            self._process = subprocess.Popen(
+                [python, script, str(count), engine, handler],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -123,6 +131,7 @@ def compare_workers(
     connections: int,
     pairs: int,
     seconds: float,
+    cores: Cores | None = None,
     python: str = sys.executable,
 ) -> Finding:
     """Compare two workers with one.
@@ -134,17 +143,19 @@ def compare_workers(
         connections: How many at once.
         pairs: Turns of each.
         seconds: How long a turn takes.
+        cores: Where the workers and the load run; ``None`` for anywhere.
         python: The interpreter of both.
     """
     turns: tuple[list[Turn], list[Turn]] = ([], [])
     shares: list[float] = []
     with ExitStack() as running:
         programs = [
-            running.enter_context(Workers(count, engine, handler, python)) for count in (1, 2)
+            running.enter_context(Workers(count, engine, handler, python, cores))
+            for count in (1, 2)
         ]
         for place in in_turns(pairs):
             before = [_processor_seconds(pid) for pid in programs[place].pids]
-            turns[place].append(_load(programs[place], load, connections, seconds))
+            turns[place].append(_load(programs[place], load, connections, seconds, cores))
             used = [
                 _processor_seconds(pid) - then
                 for pid, then in zip(programs[place].pids, before, strict=True)
@@ -159,22 +170,30 @@ def compare_workers(
     )
 
 
-def _load(program: Workers, load: str, connections: int, seconds: float) -> Turn:
+def _load(
+    program: Workers, load: str, connections: int, seconds: float, cores: Cores | None
+) -> Turn:
     sizes = [connections, MESSAGE, MESSAGE] if load == "messages" else [connections]
     arguments = [program.port, *sizes, seconds, program.pids[0]]
     before = program.processor_seconds()
-    done = subprocess.run(
-        [generator(load), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=seconds + 60,
-        check=True,
-    )
+    with _on(None if cores is None else cores.load):
+        done = subprocess.run(
+            [generator(load), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=seconds + 60,
+            check=True,
+        )
     used = program.processor_seconds() - before
     told = json.loads(done.stdout)
     if told["failures"]:
         raise ServerFailed(f"{told['failures']} messages were not answered")
     return Turn(told["messages"] / told["seconds"], used / told["messages"])
+
+
+def _on(core: int | None) -> AbstractContextManager[None]:
+    """Keep what is started in the block to one core, if there is one to keep it to."""
+    return nullcontext() if core is None else pinned(core)
 
 
 def _processor_seconds(pid: int) -> float:

@@ -35,6 +35,8 @@ class Echo(portico.StreamRequestHandler):
         for line in self.rfile:
             if line == b"who\\n":
                 line = b"%d\\n" % os.getpid()
+            elif line == b"slow\\n":
+                portico.sleep(0.7)
             elif line == b"loop\\n":
                 while True:
                     pass  # without end
@@ -42,7 +44,8 @@ class Echo(portico.StreamRequestHandler):
 
 VERSION = b""
 """
-"""A handler that echoes lines, says who it is, and loops without end if it is asked to."""
+"""A handler that echoes lines, takes its time, says who it is, and loops without end if it is asked
+to."""
 
 Read = Mapping[str, Any]
 

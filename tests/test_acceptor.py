@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import selectors
 import signal
 import socket
@@ -28,7 +29,7 @@ from portico.acceptor import (
     is_ready,
     recovery,
 )
-from tests.support import PATIENCE, Call, Client, nothing_left_behind, run_program
+from tests.support import PATIENCE, Call, Client, eventually, nothing_left_behind, run_program
 
 
 @pytest.fixture
@@ -577,3 +578,112 @@ def test_a_listener_is_ready_while_somebody_waits_to_be_accepted() -> None:
         with socket.create_connection(listener.getsockname()):
             assert is_ready(listener)
     assert not is_ready(listener)
+
+
+# --- a listener that other processes wait for, too ----------------------------------------
+
+
+class Shared:
+    """A listener that knows that it is shared, as a worker's server does."""
+
+    shares_listener = True
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+
+    def fileno(self) -> int:
+        return self.listener.fileno()
+
+
+needs_exclusive = pytest.mark.skipif(
+    not module.HAS_EXCLUSIVE, reason="the system has no EPOLLEXCLUSIVE"
+)
+
+
+@pytest.fixture
+def shared() -> Iterator[Shared]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        yield Shared(listener)
+
+
+@needs_exclusive
+def test_of_several_that_wait_for_a_shared_listener_one_is_woken(shared: Shared) -> None:
+    """A poll(2) would wake all of them for each client."""
+    woken: queue.SimpleQueue[int] = queue.SimpleQueue()
+    wakeups: list[Wakeup] = []
+
+    def wait(number: int) -> None:
+        with Acceptor(shared, wakeup=Wakeup()) as waiting:
+            assert waiting.wakeup is not None
+            wakeups.append(waiting.wakeup)
+            if waiting.wait(None):
+                shared.listener.accept()[0].close()
+                woken.put(number)
+
+    calls = [Call(wait, number) for number in range(4)]
+    eventually(lambda: len(wakeups) == 4, "all of them begin to wait")
+    eventually(lambda: all(map(is_blocked, calls)), "all of them wait")
+    with socket.create_connection(shared.listener.getsockname()):
+        woken.get(timeout=PATIENCE)
+    assert sum(call.is_running() for call in calls) >= 3
+    for wakeup in wakeups:
+        wakeup.wake()
+    for call in calls:
+        call.result()
+    assert woken.empty()
+
+
+def is_blocked(call: Call[None]) -> bool:
+    """Say whether the thread of a call is in a system call that waits."""
+    native = next(
+        (each.native_id for each in threading.enumerate() if each.ident == call.thread), None
+    )
+    if native is None:
+        return False
+    return Path(f"/proc/self/task/{native}/syscall").read_text().split()[0] not in {"running", "-1"}
+
+
+@needs_exclusive
+def test_who_was_woken_may_come_to_naught_and_the_next_look_finds_the_client(
+    shared: Shared,
+) -> None:
+    with Acceptor(shared) as waiting:
+        with socket.create_connection(shared.listener.getsockname()):
+            eventually(lambda: waiting.wait(0))
+            # It is not taken: the one that was woken has gone.  Here, the epoll object reports it
+            # again; another process's would not.
+            waiting._selector.select = lambda timeout: []
+            assert waiting.wait(0)
+        shared.listener.accept()[0].close()
+        assert not waiting.wait(0)
+
+
+@needs_exclusive
+def test_the_wakeup_of_a_shared_listener_ends_the_wait(shared: Shared) -> None:
+    wakeup = Wakeup()
+    with Acceptor(shared, wakeup=wakeup) as waiting:
+        wakeup.wake()
+        assert not waiting.wait(None)
+
+
+@needs_exclusive
+def test_what_is_watched_beside_a_shared_listener_is_not_it(shared: Shared) -> None:
+    one, other = socket.socketpair()
+    with one, other, Acceptor(shared) as waiting:
+        waiting.watch(one)
+        other.send(b"x")
+        assert not waiting.wait(None)
+
+
+@needs_exclusive
+def test_a_shared_listener_that_is_closed_cannot_be_waited_for(shared: Shared) -> None:
+    shared.listener.close()
+    with pytest.raises(ValueError, match="Invalid file descriptor"):
+        Acceptor(shared)
+
+
+@needs_exclusive
+def test_one_that_is_closed_while_it_is_watched_is_let_go(shared: Shared) -> None:
+    with Acceptor(shared):
+        shared.listener.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import threading
@@ -373,6 +374,55 @@ def test_requests_of_other_servers_are_not_counted() -> None:
         echo(client)
         client.shutdown(socket.SHUT_WR)
     assert [done(tally) for tally in future.result()] == [(made.addresses[0], 0, 0, 0)]
+
+
+def test_a_loop_that_goes_round_is_not_overdue_and_one_that_is_held_is() -> None:
+    """The serial engine's is held by each handler."""
+    beats: queue.SimpleQueue[None] = queue.SimpleQueue()
+    with serving(LOOPBACK, "udp://127.0.0.1:0", engine="serial") as made:
+        assert made.overdue() == []  # nobody wants to know
+        made.beat(lambda: beats.put(None), 0.02)
+        with running(made):
+            beats.get(timeout=PATIENCE)
+            client = connect(made.addresses[0])
+            echo(client)
+            eventually(lambda: made.overdue() == [made.servers[0]], "its handler holds it")
+            while not beats.empty():
+                beats.get()
+            client.close()
+            beats.get(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_a_drain_may_leave_those_in_the_backlog_to_others(engine: str) -> None:
+    left = threading.Event()
+    with closing(open_listener(address.parse(LOOPBACK))) as opened:
+        assignment = service.Assignment(Echo, opened.address, Settings(engine=engine))
+        made = Service([assignment], [opened.lend()])
+        (server,) = made.servers
+        assert server.shares_listener
+        server.leaves_rest, server.on_left = True, left.set
+        with running(made) as future:
+            with connect(made.addresses[0]) as client:
+                echo(client)
+            server.shutdown()
+            with connect(opened.address) as waiting:
+                waiting.sendall(b"hello\n")
+                made.stop()
+                (tally,) = future.result()
+                assert left.is_set()
+                assert done(tally)[1:] == (1, 0, 0)
+                with Service([assignment], [opened.lend()]) as other, running(other):
+                    assert waiting.recv(64) == b"hello\n"
+
+
+def test_certificates_are_read_again_when_they_are_asked_to(authority: Authority) -> None:
+    pair = authority.issue()
+    made = serving("tls://127.0.0.1:0", cert=pair.certificate, key=pair.key)
+    with made:
+        assert made.reload_certificates()
+        pair.certificate.write_text("nothing of the kind")
+        assert not made.reload_certificates()
 
 
 def test_stop_comes_before_run_or_after_it() -> None:

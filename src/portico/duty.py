@@ -20,7 +20,7 @@ from portico.errors import SettingError
 from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
 from portico.service import Assignment, Tally
-from portico.settings import Settings
+from portico.settings import Settings, StrPath
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -92,31 +92,43 @@ def log_kept(settings: ProcessSettings) -> Generator[None]:
     Raises:
         SettingError: The file cannot be written.
     """
-    handler: LogFile | None = None
+    root = logging.getLogger()
+    before = tuple(root.handlers)
     if settings.log_file is not None:
-        try:
-            handler = LogFile(settings.log_file)
-        except OSError as error:
-            expected = f"a file that can be written ({error.strerror})"
-            raise SettingError("log_file", str(settings.log_file), expected) from error
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
-        logging.getLogger().addHandler(handler)
+        root.addHandler(_open_log(settings.log_file))
     else:
         logging.basicConfig(format=LOG_FORMAT)
+    ours = [handler for handler in root.handlers if handler not in before]
+    _kept.extend(ours)
     logging.getLogger("portico").setLevel(settings.log_level.upper())
     try:
         yield
     finally:
-        if handler is not None:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
+        for handler in ours:
+            if isinstance(handler, LogFile):
+                root.removeHandler(handler)
+                handler.close()
+
+
+_kept: Final[list[logging.Handler]] = []
+"""The handlers of the logs that this process has kept so far."""
 
 
 def forget_logs() -> None:
-    """Take off what logs in this process, so that the target can arrange its own."""
-    root = logging.getLogger()
-    for handler in tuple(root.handlers):
-        root.removeHandler(handler)
+    """Take off what `log_kept` has put there, so that the target can arrange its own logs."""
+    for handler in _kept:
+        logging.getLogger().removeHandler(handler)
+    _kept.clear()
+
+
+def _open_log(path: StrPath) -> LogFile:
+    try:
+        handler = LogFile(path)
+    except OSError as error:
+        expected = f"a file that can be written ({error.strerror})"
+        raise SettingError("log_file", str(path), expected) from error
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    return handler
 
 
 def report(tallies: Sequence[Tally], seconds: float) -> None:

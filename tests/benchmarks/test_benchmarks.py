@@ -73,6 +73,21 @@ def test_one_command_measures_servers_and_keeps_the_results(tmp_path: Path) -> N
 
 
 @needs_cc
+def test_two_workers_are_compared_with_one() -> None:
+    """They compute more, whatever else the machine does, and are both loaded."""
+    done = benchmarks("workers", "--pairs=1", "--seconds=0.3")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "1 ms of computing, on all cores",
+        "1 ms of computing, a connection each, on all cores",
+        "Echo, workers and load on a core each",
+        "Connect, echo, close, on a core each",
+    ]
+    assert all("times as many messages" in line for line in lines)
+
+
+@needs_cc
 def test_two_servers_are_compared_side_by_side() -> None:
     """The exit status says whether a limit was kept; a ratio of two like servers is near 1."""
     compare = ["compare", *["socketserver:ThreadingTCPServer"] * 2, "--work=echo"]

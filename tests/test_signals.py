@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import os
+import signal
+
+from portico.signals import SignalPipe
+from tests.support import nothing_left_behind, run_program
+
+
+def test_signals_are_taken_in_their_order_and_end_a_wait() -> None:
+    done = run_program(
+        "import os, select, signal\n"
+        "from portico.signals import SignalPipe\n"
+        "with SignalPipe([signal.SIGUSR1, signal.SIGHUP]) as pipe:\n"
+        "    assert pipe.take() == b''\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    assert select.select([pipe], [], [])[0]\n"
+        "    assert list(pipe.take()) == [signal.SIGHUP, signal.SIGUSR1]\n"
+        "assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_leaves_nothing_behind() -> None:
+    before = signal.set_wakeup_fd(-1)
+    try:
+        with nothing_left_behind(), SignalPipe([signal.SIGUSR2]) as pipe:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert list(pipe.take()) == [signal.SIGUSR2]
+    finally:
+        signal.set_wakeup_fd(before)
