@@ -64,6 +64,8 @@ class Gate:
     def __init__(
         self, rules: AdmissionRules, when_full: WhenFull, *, counts_peers: bool = True
     ) -> None:
+        self.reserves = False
+        """Whether a place has to be reserved for a client before it is accepted."""
         self.when_full = when_full
         self.knows_proxies = not counts_peers
         self._lock = Lock()  # guards all that follows, except what is put into _left
@@ -117,6 +119,13 @@ class Gate:
             refusals = [decide(client_address, now) for client_address in client_addresses]
         self._settle()
         return refusals
+
+    def reserve(self) -> bool:
+        """Take a place for a client before it is accepted, and say whether there was one."""
+        return True
+
+    def forgo(self) -> None:
+        """Give back what `reserve` has taken, if nobody came for it."""
 
     def admit_peer(self, peer: Any, now: float) -> RefusalReason | None:
         """Admit whom a proxy speaks for, or say why not; only if it `knows_proxies`.

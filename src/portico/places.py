@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from portico.acceptor import is_ready
 from portico.admission import Admission, AdmissionRules
 from portico.counts import Cell
+from portico.engines import left_out_of_batches
 from portico.events import RefusalReason
 from portico.gate import Gate, WhenFull
 from portico.server import BaseServer
@@ -227,6 +228,7 @@ class SharedGate(Gate):
         super().__init__(rules, when_full, counts_peers=counts_peers)
         self.places = SharedAdmission(self.places.rules, shared)
         self._shared = shared
+        self.reserves = when_full is not WhenFull.REFUSE
 
     def reserve(self) -> bool:
         """Take a place for a client before it is accepted, and say whether there was one.
@@ -294,6 +296,7 @@ class SharingMixIn(_Base):
         """Make the gate, for the guard of the server."""
         return SharedGate(rules, when_full, counts_peers=counts_peers, shared=self.shared_places)
 
+    @left_out_of_batches
     def get_request(self) -> tuple[Request, ClientAddress]:
         """Accept one connection, if there is a place for it.
 
@@ -317,6 +320,7 @@ class SharingMixIn(_Base):
             seconds = LOOK_AGAIN
         super().pause_accepting(seconds, until=until)
 
+    @left_out_of_batches
     def service_actions(self) -> None:
         """Look after a client for whom another worker has no place.
 

@@ -28,7 +28,7 @@ from portico.acceptor import Wakeup
 from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
 from portico.counters import Counters, Row
 from portico.drain import LAST_WORDS
-from portico.engines import ENGINES
+from portico.engines import ENGINES, left_out_of_batches
 from portico.engines.forks import ForkingMixIn
 from portico.errors import ListenerError, PhaseError, SettingError
 from portico.events import ListenerBound, emit
@@ -309,7 +309,8 @@ class Service:
         for server in self._servers:
             # On the instance: a server that has nothing to do so often sleeps until a client comes.
             actions = server.service_actions
-            vars(server)["service_actions"] = partial(pulse.go_round, server, actions)
+            go_round = left_out_of_batches(partial(pulse.go_round, server, actions))
+            vars(server)["service_actions"] = go_round
 
     def stop(self) -> None:
         """Have `run` drain the servers and return.  Callable from any thread and signal handler."""

@@ -19,10 +19,15 @@ Modules of this folder replace each other; none imports another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from portico.connection import ClientAddress, Request
 from portico.errors import SettingError
+
+_Hook = TypeVar("_Hook")
+
+LEFT_OUT: Final = "left_out_of_batches"
+"""The attribute that marks a hook."""
 
 ENGINES: Final[Mapping[str, str | None]] = {
     "threads": "portico.engines.threads:ThreadingMixIn",
@@ -88,6 +93,21 @@ def settings(
             raise SettingError(name, value, "1 or more")
         attributes[attribute] = value
     return attributes
+
+
+def left_out_of_batches(hook: _Hook) -> _Hook:
+    """Mark a hook of this library that an engine may leave out while it takes a batch of requests.
+
+    An engine that does so does itself what such a `get_request` does beside accepting, and calls
+    such a `service_actions` each `poll_interval`, and not after each request.
+    """
+    vars(hook)[LEFT_OUT] = True
+    return hook
+
+
+def may_be_left_out(hook: object) -> bool:
+    """Say whether a hook is marked by `left_out_of_batches`."""
+    return getattr(hook, LEFT_OUT, False) is True
 
 
 def serve(server: Any, request: Request, client_address: ClientAddress) -> bool:

@@ -10,12 +10,15 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
 
 import portico
 from portico import events
+from portico.engines import left_out_of_batches
 from portico.engines.green import HOOKS as OF_THE_ENGINE
 from portico.engines.green import GreenMixIn
 from portico.engines.green.plain import AT_THE_END, OF_EVERY_SERVER, PlainPath
@@ -426,3 +429,39 @@ def test_a_server_in_front_of_a_foreign_family_has_no_plain_path(taken: list[boo
     with serving(Foreign, Echo) as server:
         Client(server).ask()
     assert taken == []
+
+
+@left_out_of_batches
+def pass_on(server: Any) -> Any:
+    """Accept as the engine does: what stands for a hook of the library's own in front of it."""
+    return GreenMixIn.get_request(server)
+
+
+def test_a_hook_in_front_that_may_be_left_out_is(taken: list[bool]) -> None:
+    class Server(portico.GreenTCPServer):
+        get_request = pass_on
+
+    with serving(Server, Made) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(10) == b"init"
+    assert True in taken
+
+
+def test_actions_that_may_be_left_out_have_their_turn_under_a_load(taken: list[bool]) -> None:
+    """The loop comes round in time although it is never without a client."""
+    ticked = threading.Event()
+    server = portico.GreenTCPServer(("127.0.0.1", 0), Made)
+    vars(server)["service_actions"] = left_out_of_batches(partial(ticked.set))
+    loop = threading.Thread(target=server.serve_forever, args=(0.05,))
+    loop.start()
+    try:
+        deadline = monotonic() + PATIENCE
+        while not ticked.is_set():
+            assert monotonic() < deadline
+            with socket.create_connection(server.server_address, PATIENCE) as client:
+                assert client.recv(10) == b"init"
+    finally:
+        server.shutdown()
+        loop.join()
+        server.server_close()
+    assert True in taken

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from greenlet import getcurrent
 
 from portico.connection import ClientAddress, Connection, Request
-from portico.engines import serve
+from portico.engines import may_be_left_out, serve
 from portico.engines.green import tls
 from portico.engines.green.acceptor import GreenAcceptor, prepare_listener
 from portico.engines.green.crew import Crew, Crews, Outcome, Worker, crew_here, here
@@ -353,7 +353,8 @@ def own_context() -> Context:
 
 def is_own_get_request(server: Any) -> bool:
     """Say whether requests are taken by the engine's `get_request`, not by a program's."""
-    return getattr(server.get_request, "__func__", None) is GreenMixIn.get_request
+    found = getattr(server.get_request, "__func__", None)
+    return found is GreenMixIn.get_request or may_be_left_out(found)
 
 
 def is_plain(get_request: Callable[..., object] | None) -> bool:

@@ -133,6 +133,8 @@ class GreenAcceptor(Acceptor):
             if self._is_ready and self._take_token():
                 if self._plain is not None and self._plain.take(self, self._batch):
                     self._release_token()
+                    if deadline != inf and monotonic() >= deadline:
+                        break  # the loop has something to do beside
                     continue
                 self._asked = True
                 self._left_in_batch = self._batch

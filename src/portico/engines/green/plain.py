@@ -13,12 +13,14 @@ Owns the list of hooks that are left out.  Whoever changes what one of them does
 from __future__ import annotations
 
 import socket
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import Connection
+from portico.engines import may_be_left_out
 from portico.engines.green.sockets import NOW, Lineage
 from portico.events import ConnectionAccepted, ConnectionClosed
 from portico.families import TCPServer, UDPServer
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from portico.engines.green.sockets import GreenSocket
     from portico.gate import Gate
 
+    Accept = Callable[[], tuple[GreenSocket, ClientAddress]]
+
 OF_EVERY_SERVER: Final = {
     name: getattr(TCPServer, name)
     for name in (
@@ -46,6 +50,11 @@ OF_EVERY_SERVER: Final = {
     )
 }
 """The hooks that are left out of the path of a connection, beside those of the engine."""
+
+IN_FRONT: Final = ("get_request", "service_actions")
+"""Those before which a hook of the library's own may stand that says `left_out_of_batches`: what a
+`get_request` does beside accepting is done here (`Gate.reserve`), and a `service_actions` has its
+turn each `poll_interval`."""
 
 AT_THE_END: Final = ("shutdown_request", "close_request")
 """Those that have to be the family's: of a datagram they do nothing, and are left out; of a
@@ -76,7 +85,12 @@ class PlainPath:
         is_datagram = family_request is UDPServer.get_request
         family = UDPServer if is_datagram else TCPServer
         hooks = OF_EVERY_SERVER | own | {name: getattr(family, name) for name in AT_THE_END}
-        self._names = hooks.keys()
+        for name in IN_FRONT:
+            found = getattr(self._kind, name)
+            hooks[name] = found if may_be_left_out(found) else hooks[name]
+        actions = self._own_actions()
+        self._actions = actions if may_be_left_out(actions) else None
+        self._names = hooks.keys() - {"service_actions"}
         self._find = attrgetter(*hooks)
         self._expected = tuple(hooks.values())
         self._take = self._take_datagrams if is_datagram else self._take_connections
@@ -99,6 +113,7 @@ class PlainPath:
         return (
             self._find(self._kind) == self._expected
             and self._names.isdisjoint(vars(server))
+            and self._own_actions() is self._actions
             and server.socket is self._listener
             and self._server.coalesce_writes
             and not self._server._green.context  # each request gets a copy of it
@@ -111,24 +126,19 @@ class PlainPath:
             and not ConnectionClosed.subscribers
         )
 
+    def _own_actions(self) -> object:
+        """Return the `service_actions` of this very server, if it has some beside its class."""
+        server: object = self._server
+        return vars(server).get("service_actions")
+
     def _take_connections(self, acceptor: GreenAcceptor, most: int) -> bool:
         """Accept connections."""
-        lineage, guard, gate = self._crew.lineage, self._server._guard, self._server._guard.gate
-        assert lineage is not None
-        accept = lineage.accept
-        if gate is not None:  # what to do when all places are taken is for the step
-            most = min(most, gate.room)
-        taken: list[tuple[GreenSocket, ClientAddress]] = []
-        try:
-            for _ in range(most):
-                taken.append(accept())
-                if acceptor.is_woken:
-                    break
-        except OSError:  # most often that there are no more; what it was, the next step will tell
-            pass
+        guard = self._server._guard
+        taken = self._accept(acceptor, most, guard.gate)
+        now = monotonic()
         if guard.counter is not None and taken:
             guard.counter.note_accepted(len(taken))
-        now = monotonic()
+        gate = guard.gate
         if gate is not None and taken:
             taken = self._admitted(gate, taken, now)
         by_request, requests = guard.connections.by_request, self._crew.requests
@@ -140,6 +150,41 @@ class PlainPath:
         if guard.keeper is not None and guard.keeper.is_asleep:
             guard.keeper.wake()
         return self._schedule(len(taken))
+
+    def _accept(
+        self, acceptor: GreenAcceptor, most: int, gate: Gate | None
+    ) -> list[tuple[GreenSocket, ClientAddress]]:
+        """Accept what is waiting, for as long as there is room."""
+        lineage = self._crew.lineage
+        assert lineage is not None
+        accept = lineage.accept
+        if gate is not None:  # what to do when all places are taken is for the step
+            most = min(most, gate.room)
+            if gate.reserves:
+                accept = partial(self._accept_reserved, gate, accept)
+        taken: list[tuple[GreenSocket, ClientAddress]] = []
+        try:
+            for _ in range(most):
+                taken.append(accept())
+                if acceptor.is_woken:
+                    break
+        except OSError:  # most often that there are no more; what it was, the next step will tell
+            pass
+        return taken
+
+    def _accept_reserved(self, gate: Gate, accept: Accept) -> tuple[GreenSocket, ClientAddress]:
+        """Accept a connection, if there is a place for it that no other process takes meanwhile.
+
+        Raises:
+            OSError: As accept(2); `BlockingIOError` if there is no place.
+        """
+        if not gate.reserve():
+            raise BlockingIOError
+        try:
+            return accept()
+        except OSError:
+            gate.forgo()
+            raise
 
     def _admitted(
         self, gate: Gate, taken: list[tuple[GreenSocket, ClientAddress]], now: float
