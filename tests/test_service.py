@@ -500,7 +500,7 @@ def test_what_ends_a_drain_is_raised(monkeypatch: pytest.MonkeyPatch, number: in
 
     monkeypatch.setattr(portico.TCPServer, "drain", fail)
     made = serving(*[LOOPBACK] * number)
-    with running(made) as future:
+    with made, running(made) as future:
         made.stop()
         assert isinstance(future.exception(PATIENCE), ZeroDivisionError)
 

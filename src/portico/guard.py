@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from portico.connection import ClientAddress, Request
-    from portico.events import RefusalReason
+    from portico.events import CloseReason, RefusalReason
     from portico.lobby import Lobby
 
 ADMISSION: Final = (
@@ -60,6 +60,25 @@ AT_THE_END: Final = (
 
 class Counting(Protocol):
     """Who counts the requests of a server.  Callable from any thread."""
+
+    def note_accepted(self, count: int = 1, received: int = 0) -> None:
+        """Count requests that came in, and the bytes of those that are datagrams.
+
+        The bytes only of those for which `note_datagram` is not called.
+        """
+        ...
+
+    def note_refused(self, reason: RefusalReason) -> None:
+        """Count one that does not get as far as a handler."""
+        ...
+
+    def note_closed(self, reason: CloseReason) -> None:
+        """Count the end of one."""
+        ...
+
+    def note_finished(self, count: int) -> None:
+        """Count requests whose handlers have ended, of which nothing else is told."""
+        ...
 
     def note_closing(self, request: Request) -> None:
         """Look at a connection whose socket is closed next."""

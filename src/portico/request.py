@@ -124,12 +124,7 @@ class RequestPath:
             except BaseException as error:
                 self._fail(request, client_address, error, started)
                 raise
-        connection = self._end(request)
-        if started is not None:
-            reason = CloseReason.FINISHED
-            if connection is not None and connection.was_cut:
-                reason = _reason_of_cut(connection)
-            self._tell_closed(client_address, reason, started)
+        self._finish(request, client_address, started)
         return True
 
     def prepare_request(
@@ -180,8 +175,22 @@ class RequestPath:
         if reason is RefusalReason.TOO_MANY and self.farewell:
             say_farewell(request, self.farewell)
         self._end(request)
+        if self._guard.counter is not None:
+            self._guard.counter.note_refused(reason)
         if ConnectionRefused.subscribers:
             emit(ConnectionRefused(self, client_address, reason))
+
+    def _finish(
+        self, request: Request, client_address: ClientAddress, started: float | None
+    ) -> None:
+        """End a request whose handler has returned."""
+        connection = self._end(request)
+        if started is None and self._guard.counter is None:
+            return
+        reason = CloseReason.FINISHED
+        if connection is not None and connection.was_cut:
+            reason = _reason_of_cut(connection)
+        self._tell_closed(client_address, reason, started)
 
     def _fail(
         self,
@@ -272,6 +281,15 @@ class RequestPath:
     def _tell_closed(
         self, client_address: ClientAddress, reason: CloseReason, started: float | None
     ) -> None:
+        """Tell that a request has ended.
+
+        Args:
+            client_address: Whose.
+            reason: Why.
+            started: When its serving began; ``None`` if nobody listened to that event then.
+        """
+        if self._guard.counter is not None:
+            self._guard.counter.note_closed(reason)
         if started is not None:
             emit(ConnectionClosed(self, client_address, reason, time() - started))
 

@@ -418,6 +418,8 @@ class BaseServer(RequestPath):
         try:
             if self._exhaustion is not None:
                 self.__resume()
+            if guard.counter is not None:
+                guard.counter.note_accepted()
             if ConnectionAccepted.subscribers:
                 emit(ConnectionAccepted(self, client_address))
             is_admitted = self.admit_request(request, client_address)

@@ -2,8 +2,8 @@
 
 Owns who writes the cells of an address in the row of this process, and the sums that a program
 reads at the end.  Leaves the memory to `portico.counters`, and telling what happens to the server:
-the events of each request, and the moment before a connection is closed, when the kernel is asked
-what has moved over it.  The way of a byte is not touched.
+that a request came in and how it ended, and the moment before a connection is closed, when the
+kernel is asked what has moved over it.  The way of a byte is not touched.
 
 With `ForkingMixIn` a request ends in another process, which must not write to the row.  It sends a
 few bytes to its parent instead; the parent counts them when it has collected that child.  One that
@@ -24,13 +24,7 @@ from portico.address import BoundAddress
 from portico.counts import NO_PREAMBLE, Cell, refusal_cell
 from portico.drain import LAST_WORDS
 from portico.engines.forks import ForkingMixIn
-from portico.events import (
-    CloseReason,
-    ConnectionAccepted,
-    ConnectionClosed,
-    ConnectionRefused,
-    subscribe,
-)
+from portico.events import CloseReason, RefusalReason
 from portico.lifecycle import DrainReport
 from portico.traffic import bytes_moved
 
@@ -51,8 +45,9 @@ CELL_OF: Final[Mapping[CloseReason, int]] = {
 }
 """Where each end is counted."""
 
-# Plain numbers: to ask an enumeration costs as much as to count.
+# Plain numbers: to ask an enumeration, or to look one of its members up, costs as much as to count.
 _ACCEPTED: Final = int(Cell.ACCEPTED)
+_FINISHED: Final = int(Cell.FINISHED)
 _RECEIVED: Final = int(Cell.RECEIVED)
 _SENT: Final = int(Cell.SENT)
 
@@ -102,11 +97,6 @@ class Counter:
         self._changed = Condition(self._lock)
         self._is_awaited = False
         server._guard.counter = self
-        self._unsubscribe = (
-            subscribe(self._on_accepted, ConnectionAccepted),
-            subscribe(self._on_refused, ConnectionRefused),
-            subscribe(self._on_closed, ConnectionClosed),
-        )
 
     @property
     def has_left_handlers(self) -> bool:
@@ -115,8 +105,6 @@ class Counter:
 
     def close(self) -> None:
         """Count no more.  Callable again."""
-        for unsubscribe in self._unsubscribe:
-            unsubscribe()
         self._server._guard.counter = None
 
     def tally(self) -> Tally:
@@ -145,10 +133,27 @@ class Counter:
     def note_child_end(self, process: int) -> None:
         """Do nothing: what a handler forks is its own."""
 
-    def note_accepted(self) -> None:
-        """Count a request that came in."""
+    def note_accepted(self, count: int = 1, received: int = 0) -> None:
+        """Count requests that came in, and the bytes of those that are datagrams."""
         with self._lock:
-            self._station.cells[_ACCEPTED] += 1
+            self._station.cells[_ACCEPTED] += count
+            if received:
+                self._station.cells[_RECEIVED] += received
+
+    def note_finished(self, count: int) -> None:
+        """Count requests whose handlers have ended, of which nothing else is told."""
+        with self._lock:
+            self._station.cells[_FINISHED] += count
+            if self._is_awaited:
+                self._changed.notify_all()
+
+    def note_refused(self, reason: RefusalReason) -> None:
+        """Count a request that does not get as far as a handler."""
+        self.note_end(refusal_cell(reason))
+
+    def note_closed(self, reason: CloseReason) -> None:
+        """Count the end of a request."""
+        self.note_end(_FINISHED if reason is CloseReason.FINISHED else CELL_OF[reason])
 
     def note_end(self, cell: int) -> None:
         """Count the end of a request that was accepted."""
@@ -156,18 +161,6 @@ class Counter:
             self._station.cells[cell] += 1
             if self._is_awaited:
                 self._changed.notify_all()
-
-    def _on_accepted(self, event: ConnectionAccepted) -> None:
-        if event.server is self._server:
-            self.note_accepted()
-
-    def _on_closed(self, event: ConnectionClosed) -> None:
-        if event.server is self._server:
-            self.note_end(CELL_OF[event.reason])
-
-    def _on_refused(self, event: ConnectionRefused) -> None:
-        if event.server is self._server:
-            self.note_end(refusal_cell(event.reason))
 
     def _add(self, received: int, sent: int) -> None:
         with self._lock:

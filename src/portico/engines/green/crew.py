@@ -88,7 +88,11 @@ class Worker(greenlet):
                             if not isinstance(error, Exception):
                                 raise
                         else:
-                            if crew.closes_plainly:
+                            if not crew.closes_plainly:
+                                crew.finished += 1
+                            elif crew.is_counted:
+                                server._finish(request, client_address, None)
+                            else:
                                 server.shutdown_request(request)
                 except GreenletExit:
                     raise
@@ -100,6 +104,8 @@ class Worker(greenlet):
                     self.gr_context = None  # the next request begins with a context of its own
                 served += 1
             crew.busy -= served
+            if crew.finished:
+                crew.tell_finished()
             if hub.is_forked:  # the handler forked, and this is the child, which ends with it
                 os._exit(0)
             self.task, request = NO_TASK, None
@@ -129,6 +135,8 @@ class Dispatcher:
         while crew.requests:
             worker = crew.idle.pop() if crew.idle else Worker(crew)
             worker.switch()
+        if crew.finished:
+            crew.tell_finished()
 
     def throw(self, error: BaseException, /) -> None:
         """Not used: it waits for nothing."""
@@ -164,6 +172,10 @@ class Crew:
         """Those that no worker has begun to serve."""
         self.closes_plainly = True
         """Whether what came on the plain path has to be closed: a datagram has not."""
+        self.is_counted = False
+        """Whether the end of what came on the plain path is counted."""
+        self.finished = 0
+        """Datagrams whose handlers have ended since that was counted last."""
         self.dispatcher = Dispatcher(self)
         self.idle: list[Worker] = []
         self.is_running = threading.Event()
@@ -270,6 +282,13 @@ class Crew:
         self.requests.append((request, client_address, False))
         self.busy += 1
         self.schedule()
+
+    def tell_finished(self) -> None:
+        """Count the datagrams whose handlers have ended."""
+        finished, self.finished = self.finished, 0
+        counter = self.server._guard.counter
+        if counter is not None:
+            counter.note_finished(finished)
 
     def schedule(self) -> None:
         """Have a worker begin with the requests as soon as the acceptor lets others run."""

@@ -88,6 +88,7 @@ class PlainPath:
             acceptor: Who asks; a `wake` of it ends the batch.
             most: How many requests to take at the most.
         """
+        self._crew.is_counted = self._server._guard.counter is not None
         return self._is_plain() and self._take(acceptor, most)
 
     def _is_plain(self) -> bool:
@@ -124,6 +125,8 @@ class PlainPath:
                     break
         except OSError:  # most often that there are no more; what it was, the next step will tell
             pass
+        if guard.counter is not None and taken:
+            guard.counter.note_accepted(len(taken))
         now = monotonic()
         if gate is not None and taken:
             taken = self._admitted(gate, taken, now)
@@ -160,16 +163,20 @@ class PlainPath:
         room = size + 1  # tells a datagram that just fits from one that was cut
         shared = crew.share(self._listener)
         receive, flags = self._listener.recvfrom, NOW
-        before = len(requests)
+        before, received = len(requests), 0
         try:
             for _ in range(most):
                 packet, client_address = receive(room, flags)
                 if len(packet) > size:
                     packet = server._cut(packet, client_address)
+                received += len(packet)
                 requests.append(((packet, shared), client_address, True))
         except OSError:  # as above
             pass
-        return self._schedule(len(requests) - before)
+        count = len(requests) - before
+        if crew.is_counted and count:
+            server._guard.counter.note_accepted(count, received)
+        return self._schedule(count)
 
     def _schedule(self, count: int) -> bool:
         """Have the requests served that were taken; return whether there are any."""
