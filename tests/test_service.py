@@ -393,7 +393,8 @@ def test_a_loop_that_goes_round_is_not_overdue_and_one_that_is_held_is() -> None
             beats.get(timeout=PATIENCE)
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
+# Children that the test itself forks would keep its clients open.
+@pytest.mark.parametrize("engine", [each for each in ENGINES if each != "forks"])
 def test_a_loop_that_is_watched_beats_whether_anybody_comes_or_not(engine: str) -> None:
     beats: queue.SimpleQueue[None] = queue.SimpleQueue()
     with serving(engine=engine) as made:
