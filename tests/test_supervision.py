@@ -10,6 +10,7 @@ from portico.supervision import (
     ANSWER_PATIENCE,
     DUMP_PATIENCE,
     FIRST_DELAY,
+    IN_A_ROW,
     KILL_PATIENCE,
     LONGEST_DELAY,
     PROOF,
@@ -151,8 +152,26 @@ def test_after_failures_one_is_tried_at_a_time() -> None:
     failed = replace(FIRST, failures=2, retry=0)
     assert told(*decide(Situation((), 3, serving=failed), 1)) == [Start(1)]
     assert told(*decide(Situation((starting(1),), 3, serving=failed), 1)) == []
-    healed = note_ready(failed)
-    assert told(*decide(Situation((ready(1),), 3, serving=healed), 1)) == [Start(1)] * 2
+    assert told(*decide(Situation((ready(1),), 3, serving=note_ready(failed)), 1)) == [Start(1)]
+
+
+def test_workers_that_serve_and_crash_at_once_are_tried_ever_more_seldom() -> None:
+    now, generation, delays = 0.0, FIRST, []
+    for _ in range(9):
+        generation = note_end(
+            note_ready(generation), ready(1, since=now), now, "it was killed by SIGSEGV"
+        )
+        delays.append(generation.retry - now)
+        now = generation.retry
+    assert delays[:4] == [FIRST_DELAY, 1, 2, 4]
+    assert delays[-1] == LONGEST_DELAY
+
+
+def test_a_failure_long_ago_does_not_count() -> None:
+    failed = replace(FIRST, failures=5, failed=0)
+    begun = IN_A_ROW + 1
+    again = note_end(failed, starting(1, since=begun), begun + 5, "")
+    assert (again.failures, again.retry) == (1, begun + 5 + FIRST_DELAY)
 
 
 # --- stuck and overdue -------------------------------------------------------------------

@@ -27,6 +27,10 @@ the machine to those that serve."""
 LONGEST_DELAY: Final = 30.0
 """Seconds that the delay grows to: how long a cause that was mended may go on to be felt."""
 
+IN_A_ROW: Final = 2 * LONGEST_DELAY
+"""Seconds after a failure in which another one counts as the next in a row: a worker that is tried
+again after the longest delay needs some time to come as far as it did before."""
+
 PROOF: Final = 1.0
 """Seconds after which a worker has served, even if nobody came.
 
@@ -130,6 +134,7 @@ class Generation:
         limits: What its workers may do.
         failures: How many in a row could not start.
         retry: The instant before which none is started.
+        failed: The instant at which the last one failed.
         reason: How the last one failed.
     """
 
@@ -137,6 +142,7 @@ class Generation:
     limits: Limits = Limits()
     failures: int = 0
     retry: float = -inf
+    failed: float = -inf
     reason: str = ""
 
 
@@ -275,14 +281,19 @@ def note_end(generation: Generation, worker: Worker, now: float, reason: str) ->
         return replace(generation, failures=0, retry=-inf)
     if now < generation.retry:  # one of several that were started together
         return replace(generation, reason=reason)
-    delay = min(FIRST_DELAY * 2.0**generation.failures, LONGEST_DELAY)
-    failures = min(generation.failures + 1, 10)  # 2 to the power of more is no longer a float
-    return replace(generation, failures=failures, retry=now + delay, reason=reason)
+    before = generation.failures if worker.since <= generation.failed + IN_A_ROW else 0
+    delay = min(FIRST_DELAY * 2.0**before, LONGEST_DELAY)
+    failures = min(before + 1, 10)  # 2 to the power of more is no longer a float
+    return replace(generation, failures=failures, retry=now + delay, failed=now, reason=reason)
 
 
 def note_ready(generation: Generation) -> Generation:
-    """Return what a generation is after one of its workers has begun to serve."""
-    return replace(generation, failures=0, retry=-inf)
+    """Return what a generation is after one of its workers has begun to serve.
+
+    Its failures are not forgotten: one that serves, and crashes at once, would be started again and
+    again.
+    """
+    return replace(generation, retry=-inf)
 
 
 def wear(worker: Worker, limits: Limits) -> str:

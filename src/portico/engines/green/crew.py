@@ -65,6 +65,7 @@ class Worker(greenlet):
         """Serve requests until the crew has no use for another worker."""
         crew, hub = self.crew, self.crew.hub
         new: Any = object.__new__
+        closes = crew.closes_plainly
         server, requests = crew.server, crew.requests
         while True:
             served = 0
@@ -74,25 +75,22 @@ class Worker(greenlet):
                     if not is_plain:
                         server.process_request_thread(request, client_address)
                     else:  # what the hooks that nobody has touched would do, see `plain`
+                        kind: Any = (callee := server.RequestHandlerClass)
                         try:
-                            kind: Any = (callee := server.RequestHandlerClass)
-                            if crew.closes_plainly and type(callee) is type and kind.__new__ is new:
-                                # What a call of it does, without its part of the stack, which is
-                                # copied at every switch, and kept while the handler waits.
-                                if kind.__init__(new(kind), request, client_address, server):
-                                    raise TypeError(f"{kind.__name__}.__init__() returned a value")
-                            else:
+                            if not closes or type(callee) is not type or kind.__new__ is not new:
                                 kind(request, client_address, server)
+                            # What a call of it does, without its part of the stack, which is
+                            # copied at every switch, and kept while the handler waits.
+                            elif kind.__init__(new(kind), request, client_address, server):
+                                raise TypeError(f"{kind.__name__}.__init__() returned a value")
                         except BaseException as error:
                             server._fail(request, client_address, error, None)
                             if not isinstance(error, Exception):
                                 raise
                         else:
-                            if not crew.closes_plainly:
-                                crew.finished += 1
-                            elif crew.is_counted:
-                                server._finish(request, client_address, None)
-                            else:
+                            if crew.is_counted:
+                                crew.note_finished(request, client_address)
+                            elif closes:
                                 server.shutdown_request(request)
                 except GreenletExit:
                     raise
@@ -282,6 +280,13 @@ class Crew:
         self.requests.append((request, client_address, False))
         self.busy += 1
         self.schedule()
+
+    def note_finished(self, request: Request, client_address: ClientAddress) -> None:
+        """Close and count a request of the plain path whose handler has ended."""
+        if self.closes_plainly:
+            self.server._finish(request, client_address, None)
+        else:
+            self.finished += 1
 
     def tell_finished(self) -> None:
         """Count the datagrams whose handlers have ended."""

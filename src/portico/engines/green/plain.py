@@ -13,6 +13,7 @@ Owns the list of hooks that are left out.  Whoever changes what one of them does
 from __future__ import annotations
 
 import socket
+from itertools import islice
 from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -163,18 +164,19 @@ class PlainPath:
         room = size + 1  # tells a datagram that just fits from one that was cut
         shared = crew.share(self._listener)
         receive, flags = self._listener.recvfrom, NOW
-        before, received = len(requests), 0
+        before = len(requests)
         try:
             for _ in range(most):
                 packet, client_address = receive(room, flags)
                 if len(packet) > size:
                     packet = server._cut(packet, client_address)
-                received += len(packet)
                 requests.append(((packet, shared), client_address, True))
         except OSError:  # as above
             pass
         count = len(requests) - before
         if crew.is_counted and count:
+            taken = islice(requests, before, None)
+            received = sum(len(packet) for (packet, _), *_ in taken)
             server._guard.counter.note_accepted(count, received)
         return self._schedule(count)
 
