@@ -171,4 +171,4 @@ def test_without_systemd_nobody_listens_to_events() -> None:
         before = portico.events.ServerStarted.subscribers
         with Announcement(Notifier(), service):
             assert portico.events.ServerStarted.subscribers == before
-            assert "service_actions" not in vars(service._servers[0])
+            assert service.servers[0]._on_round is None

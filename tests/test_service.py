@@ -393,6 +393,31 @@ def test_a_loop_that_goes_round_is_not_overdue_and_one_that_is_held_is() -> None
             beats.get(timeout=PATIENCE)
 
 
+# Children that the test itself forks would keep its clients open.
+@pytest.mark.parametrize("engine", [each for each in ENGINES if each != "forks"])
+def test_a_loop_that_is_watched_beats_whether_anybody_comes_or_not(engine: str) -> None:
+    beats: queue.SimpleQueue[None] = queue.SimpleQueue()
+    with serving(engine=engine) as made:
+        made.beat(lambda: beats.put(None), 0.02)
+        assert "service_actions" not in vars(made.servers[0])  # which is the program's
+        with running(made):
+            for _ in range(3):
+                beats.get(timeout=PATIENCE)
+            is_over = threading.Event()
+            clients = [Call(_come_and_go, made.addresses[0], is_over) for _ in range(4)]
+            for _ in range(10):
+                beats.get(timeout=PATIENCE)
+            is_over.set()
+            for client in clients:
+                client.result()
+
+
+def _come_and_go(where: address.BoundAddress, is_over: threading.Event) -> None:
+    while not is_over.is_set():
+        with connect(where) as client:
+            echo(client)
+
+
 @pytest.mark.parametrize("engine", ["threads", "green"])
 def test_a_drain_may_leave_those_in_the_backlog_to_others(engine: str) -> None:
     left = threading.Event()

@@ -13,7 +13,7 @@ import selectors
 import signal
 import socket
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from enum import Enum, auto
 from math import inf
 from time import monotonic as time
@@ -98,6 +98,16 @@ def is_open(listener: Listener) -> bool:
 def is_shared(listener: Listener) -> bool:
     """Say whether other processes wait for the same listener, which a server knows of its own."""
     return getattr(listener, "shares_listener", False) is True
+
+
+def round_of(listener: Listener) -> Callable[[], object] | None:
+    """Return what is to be called whenever a loop comes round; ``None`` if nobody watches it.
+
+    Not `service_actions`: a program that has some is called after each request, and the engines
+    take the long way for it.
+    """
+    found: Callable[[], object] | None = getattr(listener, "_on_round", None)
+    return found
 
 
 def is_ready(listener: Listener) -> bool:
@@ -296,7 +306,11 @@ class Acceptor:
         self.process = os.getpid()
         self.thread = threading.get_ident()
         self.wakeup = wakeup
-        self.misses_signals = wakeup is not None and wakeup.misses_signals
+        self._on_round = round_of(listener)
+        # A wait that has to end now and then does so for either reason.
+        self.misses_signals = (
+            wakeup is not None and wakeup.misses_signals
+        ) or self._on_round is not None
         self._shared = listener if HAS_EXCLUSIVE and is_shared(listener) else None
         self._selector: Any
         try:
@@ -357,6 +371,7 @@ class Acceptor:
         Args:
             timeout: Seconds; ``None`` waits until the listener is ready or `wake` is called.
         """
+        self._come_round()
         ready = False
         wakeup = self.wakeup
         found = self._selector.select(timeout)
@@ -371,6 +386,11 @@ class Acceptor:
             return is_ready(self._shared)
         return ready
 
+    def _come_round(self) -> None:
+        """Tell who watches the loop that it goes on."""
+        if self._on_round is not None:
+            self._on_round()
+
     def rest(self, pause: Pause, timeout: float | None) -> bool:
         """Wait without the listener, and say whether `pause` is over.
 
@@ -378,6 +398,7 @@ class Acceptor:
             pause: What is waited for.
             timeout: Seconds after which to return in any case; ``None`` for no limit.
         """
+        self._come_round()
         remaining = pause.remaining(time())
         if not remaining:
             return True

@@ -28,7 +28,7 @@ from portico.acceptor import Wakeup
 from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
 from portico.counters import Counters, Row
 from portico.drain import LAST_WORDS
-from portico.engines import ENGINES, left_out_of_batches
+from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
 from portico.errors import ListenerError, PhaseError, SettingError
 from portico.events import ListenerBound, emit
@@ -102,6 +102,9 @@ class AdoptingMixIn(_Base):
 
     on_left: Callable[[], object] | None = None
     """Called when the server accepts nobody any more; perhaps more than once."""
+
+    _on_round: Callable[[], object] | None = None
+    """Called in the serving loop whenever it comes round; see `portico.acceptor.round_of`."""
 
     _has_stopped = False
 
@@ -307,10 +310,8 @@ class Service:
         pulse = self._pulse = _Pulse(beat, len(self._servers), interval / 2)
         self._poll_interval = pulse.interval
         for server in self._servers:
-            # On the instance: a server that has nothing to do so often sleeps until a client comes.
-            actions = server.service_actions
-            go_round = left_out_of_batches(partial(pulse.go_round, server, actions))
-            vars(server)["service_actions"] = go_round
+            # On the instance: a server that nobody watches sleeps until a client comes.
+            server._on_round = partial(pulse.go_round, server)
 
     def stop(self) -> None:
         """Have `run` drain the servers and return.  Callable from any thread and signal handler."""
@@ -764,10 +765,16 @@ class _Pulse:
         self._changed = threading.Lock()  # guards the two below
         self._seen: set[AdoptingMixIn] = set()
         self._last = -inf
+        self._threads: dict[AdoptingMixIn, int] = {}
 
-    def go_round(self, server: AdoptingMixIn, actions: Callable[[], None]) -> None:
-        """Take note that a loop has gone round; called in it, for every connection as well."""
-        actions()
+    def go_round(self, server: AdoptingMixIn) -> None:
+        """Take note that a loop has gone round; called in it, for every connection as well.
+
+        Of a server with several, as one with several hubs has, the first counts.
+        """
+        here = threading.get_ident()
+        if self._threads.setdefault(server, here) != here:
+            return
         now = time.monotonic()
         with self._changed:
             self._seen.add(server)

@@ -10,7 +10,6 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -450,8 +449,13 @@ def test_a_hook_in_front_that_may_be_left_out_is(taken: list[bool]) -> None:
 def test_actions_that_may_be_left_out_have_their_turn_under_a_load(taken: list[bool]) -> None:
     """The loop comes round in time although it is never without a client."""
     ticked = threading.Event()
-    server = portico.GreenTCPServer(("127.0.0.1", 0), Made)
-    vars(server)["service_actions"] = left_out_of_batches(partial(ticked.set))
+
+    class Server(portico.GreenTCPServer):
+        @left_out_of_batches
+        def service_actions(self) -> None:
+            ticked.set()
+
+    server = Server(("127.0.0.1", 0), Made)
     loop = threading.Thread(target=server.serve_forever, args=(0.05,))
     loop.start()
     try:

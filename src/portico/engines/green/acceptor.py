@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from greenlet import getcurrent, greenlet
 
-from portico.acceptor import Acceptor, Pause, is_ready, is_shared
+from portico.acceptor import Acceptor, Pause, is_ready, is_shared, round_of
 from portico.engines.green.sockets import NOW
 from portico.engines.green.watch import Watch
 
@@ -69,7 +69,8 @@ class GreenAcceptor(Acceptor):
         self.process = os.getpid()
         self.thread = get_ident()
         self.wakeup = None
-        self.misses_signals = False
+        self._on_round = round_of(server)
+        self.misses_signals = self._on_round is not None  # as of `portico.acceptor`
         self._server = server
         self._crew = crew
         self._hub = crew.hub
@@ -117,6 +118,7 @@ class GreenAcceptor(Acceptor):
             timeout: Seconds; ``None`` waits until the listener is ready or `wake` is called.
         """
         crew = self._crew
+        self._come_round()
         if crew.took_request:
             crew.took_request = False
             self._fruitless = 0
@@ -133,6 +135,7 @@ class GreenAcceptor(Acceptor):
             if self._is_ready and self._take_token():
                 if self._plain is not None and self._plain.take(self, self._batch):
                     self._release_token()
+                    self._come_round()
                     if deadline != inf and monotonic() >= deadline:
                         break  # the loop has something to do beside
                     continue
@@ -155,6 +158,7 @@ class GreenAcceptor(Acceptor):
             pause: What is waited for.
             timeout: Seconds after which to return in any case; ``None`` for no limit.
         """
+        self._come_round()
         remaining = pause.remaining(monotonic())
         if not remaining:
             return True

@@ -88,9 +88,7 @@ class PlainPath:
         for name in IN_FRONT:
             found = getattr(self._kind, name)
             hooks[name] = found if may_be_left_out(found) else hooks[name]
-        actions = self._own_actions()
-        self._actions = actions if may_be_left_out(actions) else None
-        self._names = hooks.keys() - {"service_actions"}
+        self._names = hooks.keys()
         self._find = attrgetter(*hooks)
         self._expected = tuple(hooks.values())
         self._take = self._take_datagrams if is_datagram else self._take_connections
@@ -113,7 +111,6 @@ class PlainPath:
         return (
             self._find(self._kind) == self._expected
             and self._names.isdisjoint(vars(server))
-            and self._own_actions() is self._actions
             and server.socket is self._listener
             and self._server.coalesce_writes
             and not self._server._green.context  # each request gets a copy of it
@@ -125,11 +122,6 @@ class PlainPath:
             and not ConnectionAccepted.subscribers
             and not ConnectionClosed.subscribers
         )
-
-    def _own_actions(self) -> object:
-        """Return the `service_actions` of this very server, if it has some beside its class."""
-        server: object = self._server
-        return vars(server).get("service_actions")
 
     def _take_connections(self, acceptor: GreenAcceptor, most: int) -> bool:
         """Accept connections."""
