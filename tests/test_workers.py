@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from typing import Self
 
 import pytest
 
+from portico.address import parse
 from portico.channel import Channel
 from portico.configuration import Configuration, ProcessSettings
 from portico.counters import Counters
+from portico.listener import OpenListener, open_listener
 from portico.supervision import Generation, Stage, Worker
 from portico.workers import SELF_DOUBT, Process, Reading, Workers
 from tests.support import eventually, nothing_left_behind
@@ -66,6 +71,30 @@ def test_a_worker_that_the_system_does_not_grant_is_a_failure_and_gives_its_row_
     for _ in range(2):
         workers.start(READING, 1)
         assert changes.generation.reason == "worker 1 cannot be started: no process is left"
+
+
+class Unlendable(OpenListener):
+    """A listener for which the system has no descriptor more."""
+
+    def lend(self) -> Self:
+        raise OSError(errno.EMFILE, "too many open files")
+
+
+def test_a_child_that_fails_before_it_can_work_ends_and_is_no_second_supervisor(
+    workers: Workers, changes: Changes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it raises stays in it: the loop of the supervisor is further up."""
+    parent = os.getpid()
+    opened = open_listener(parse("tcp://127.0.0.1:0"))
+    with closing(Unlendable(opened.place, opened.socket)) as listener:
+        try:
+            workers.start(replace(READING, listeners=(listener,)), 1)
+        finally:
+            if os.getpid() != parent:
+                os._exit(77)
+        eventually(workers.collect)
+    assert changes.generation.reason.endswith("exited with status 1")
+    assert "too many open files" in capfd.readouterr().err
 
 
 def process(workers: Workers, pid: int, stage: Stage = Stage.READY) -> tuple[Process, Channel]:

@@ -84,17 +84,19 @@ class Post:
     channel: Channel
 
 
-def work(post: Post, let_go: Callable[[], object]) -> NoReturn:
+def work(take_up: Callable[[], Post], let_go: Callable[[], object]) -> NoReturn:
     """Serve until SIGTERM, and end the process; for the child, right after the fork.
 
-    The caller has all signals blocked.
+    The caller has all signals blocked, and does nothing in the child but this: whatever it raised
+    there would have the child go on as a second supervisor.
 
     Args:
-        post: What to do.
+        take_up: Says what to do; may fail.
         let_go: Closes what belongs to the supervisor.
     """
     status = FAILED
     try:
+        post = take_up()
         _settle_signals()
         let_go()
         forget_logs()
@@ -107,11 +109,13 @@ def work(post: Post, let_go: Callable[[], object]) -> NoReturn:
 
 def leave(status: int) -> NoReturn:
     """End the process at once, but not before what was written is out."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads it
-            stream.flush()
-    os._exit(status)
+    try:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads it
+                stream.flush()
+    finally:  # a handler of the program's logs may raise anything
+        os._exit(status)
 
 
 def _settle_signals() -> None:

@@ -291,6 +291,11 @@ class Workers:
 
     def _fork(self, reading: Reading, state: Worker, row: int, count: int) -> None:
         ours, theirs = Channel.pair()
+
+        def take_up() -> Post:
+            lent = tuple(each.lend() for each in reading.listeners)
+            return Post(reading.configuration, lent, self.counters, row, count, theirs)
+
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()  # or the child would write it again
@@ -300,9 +305,7 @@ class Workers:
             try:
                 pid = os.fork()
                 if pid == 0:
-                    lent = tuple(each.lend() for each in reading.listeners)
-                    post = Post(reading.configuration, lent, self.counters, row, count, theirs)
-                    work(post, lambda: self._close_in_child(ours))
+                    work(take_up, lambda: self._close_in_child(ours))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         except BaseException:
