@@ -714,6 +714,30 @@ def test_a_signal_is_noticed_where_the_program_hears_of_signals_itself() -> None
         os.close(writer)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("timeout", [30 * 86400.0, 1e300])
+def test_a_drain_may_take_longer_than_the_system_can_wait_at_once(
+    number: int, timeout: float
+) -> None:
+    made = serving(*[LOOPBACK] * number, drain_timeout=timeout)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def talk() -> None:
+        with connect(made.addresses[0]) as client:
+            client.sendall(b"half ")  # so it is not idle
+            signal.pthread_kill(main, signal.SIGTERM)
+            assert made.servers[0].draining.wait(PATIENCE)
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+
+    with made.stopped_by_signals():
+        talking = Call(talk)
+        tally, *_ = made.run()
+        talking.result()
+    assert drained(tally) == (1, 0, 0)
+
+
 def test_an_alarm_of_the_program_goes_on() -> None:
     remaining, _ = signal.getitimer(signal.ITIMER_REAL)
     try:

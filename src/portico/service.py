@@ -67,6 +67,13 @@ STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
 
+LONGEST_PAUSE: Final = 3600.0
+"""Seconds of one wait at the most; then it waits again.  poll(2) counts milliseconds in an ``int``,
+which are 24 days."""
+
+LONGEST_ALARM: Final = 1e9
+"""Seconds, 31 years, that no drain outlasts, and for which the system still sets an alarm."""
+
 POLL_INTERVAL: Final = 0.5
 """Seconds between two rounds of an idle loop that has something to do in each."""
 
@@ -353,7 +360,8 @@ class Service:
                     # An alarm, and not a thread that waits, because a signal handler may come in
                     # between any two steps of starting one.
                     catch(signal.SIGALRM)
-                    alarm = signal.setitimer(signal.ITIMER_REAL, timeout + STOP_PATIENCE)
+                    seconds = min(timeout + STOP_PATIENCE, LONGEST_ALARM)
+                    alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
                 self.stop()
 
         for number in numbers:
@@ -670,8 +678,8 @@ def _wait_until(is_so: Callable[[], bool], wakeup: Wakeup, deadline: float = inf
     poll = select.poll()  # and not select(2), since descriptors may be many
     poll.register(wakeup, select.POLLIN)
     while not is_so() and (remaining := deadline - time.monotonic()) > 0:
-        pause = min(remaining, SIGNAL_INTERVAL) if wakeup.misses_signals else remaining
-        poll.poll(None if pause == inf else ceil(pause * 1000))
+        pause = min(remaining, SIGNAL_INTERVAL if wakeup.misses_signals else LONGEST_PAUSE)
+        poll.poll(ceil(pause * 1000))
         wakeup.clear()
 
 

@@ -261,7 +261,7 @@ class Worker:
         os.kill(os.getpid(), signal.SIGTERM)
         timeout = None if service is None else service.drain_timeout
         if timeout is not None:
-            threading.Event().wait(timeout + 2 * STOP_PATIENCE)
+            threading.Event().wait(min(timeout + 2 * STOP_PATIENCE, threading.TIMEOUT_MAX))
             leave(FAILED)  # a handler holds the main thread
 
 
