@@ -28,7 +28,7 @@ from portico.errors import CountersError
 from portico.handover import said_end
 from portico.listener import OpenListener
 from portico.supervision import Generation, Stage, Worker, note_end, note_ready
-from portico.worker import DUMP_SIGNAL, Post, work
+from portico.worker import DUMP_SIGNAL, INTERRUPT_SIGNAL, Post, work
 
 Change: TypeAlias = Callable[[int, Callable[[Generation], Generation]], None]
 """Exchanges what is known of the generation with a number."""
@@ -161,8 +161,8 @@ class Workers:
             self._signal(process, signal.SIGTERM, Stage.DRAINING)
 
     def interrupt(self, number: int) -> None:
-        """Have a worker end at once: for one that drains, the signal is the second."""
-        self._signal(self._find(number), signal.SIGTERM, Stage.INTERRUPTED)
+        """Have a worker end at once."""
+        self._signal(self._find(number), INTERRUPT_SIGNAL, Stage.INTERRUPTED)
 
     def kill(self, number: int, reason: str) -> None:
         """Kill a worker."""
