@@ -125,6 +125,26 @@ def test_a_worker_that_drains_goes_on_when_its_supervisor_is_killed(tmp_path: Pa
         program.wait_silent()
 
 
+def test_a_worker_that_gets_sigterm_from_outside_is_replaced_at_once_and_drains(
+    tmp_path: Path,
+) -> None:
+    """Nor is it taken for stuck, and killed, because its loop goes round no more."""
+    with supervised(tmp_path, workers=1, worker_timeout=2.2) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            worker = int(client.recv(64))
+            client.sendall(b"half ")
+            os.kill(worker, signal.SIGTERM)
+            program.wait_ready(2)  # which does not wait for the end of the first
+            assert int(program.ask(b"who\n")) != worker
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+        program.wait_for(rf"\(process {worker}\) has ended")
+        assert not program.find("is killed")
+        program.stop()
+
+
 def refuses(program: Supervised) -> bool:
     """Say whether nobody listens any more."""
     with Client(socket.AF_INET, socket.SOCK_STREAM) as client:

@@ -150,6 +150,33 @@ def test_what_a_worker_says_last_is_why_it_could_not_start(
     assert f"{made} could not start: it cannot import app" in capsys.readouterr().err
 
 
+def test_one_that_leaves_unasked_drains_and_counts_as_one_that_failed(
+    workers: Workers, changes: Changes
+) -> None:
+    """Or a target that stops its server when it starts would be started without a pause."""
+    made, theirs = process(workers, ended(0))
+    made.state = replace(made.state, asked=monotonic())
+    theirs.send("left")
+    workers.listen(made)
+    assert made.has_left
+    assert (made.state.stage, made.state.asked) == (Stage.DRAINING, None)
+    theirs.close()
+    eventually(workers.collect)
+    assert changes.generation.failures == 1
+
+
+def test_one_that_was_told_to_drain_leaves_and_has_not_failed(
+    workers: Workers, changes: Changes
+) -> None:
+    made, theirs = process(workers, ended(0))
+    workers.drain(1, lambda _: [], "")
+    theirs.send("left")
+    workers.listen(made)
+    eventually(workers.collect)
+    theirs.close()
+    assert changes.generation.failures == 0
+
+
 def test_a_terminal_that_has_gone_is_no_reason_to_stop(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
