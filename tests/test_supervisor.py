@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +478,35 @@ def test_the_log_is_opened_again_in_every_process(tmp_path: Path, workers: int |
         program.stop()
         assert log.read_text().count(" drains") == (workers or 1)
         assert " drains" not in moved.read_text()
+
+
+def test_a_worker_has_no_file_open_of_its_supervisors(tmp_path: Path) -> None:
+    """Neither the pid file, which it could write to, nor the log a second time."""
+    log, moved, pid_file = tmp_path / "log", tmp_path / "moved", tmp_path / "pid"
+    with supervised(tmp_path, workers=1, log_file=str(log), pid_file=str(pid_file)) as program:
+        program.wait_ready(1)
+        program.send(signal.SIGTTIN)  # the second inherits what the supervisor has by now
+        program.wait_ready(2)
+        assert str(pid_file) in open_files(program.pid)
+        for worker in program.workers():
+            files = open_files(worker)
+            assert files.count(str(log)) == 1
+            assert str(pid_file) not in files
+        log.rename(moved)
+        program.send(signal.SIGUSR1)
+        program.wait_for("has opened its log again")
+        for worker in program.workers():
+            eventually(lambda: {str(log), str(moved)} & {*open_files(worker)} == {str(log)})  # noqa: B023
+        program.stop()
+
+
+def open_files(process: int) -> list[str]:
+    """Return what the descriptors of a process are open on."""
+    found: list[str] = []
+    for each in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed in the meantime
+            found.append(str(each.readlink()))
+    return found
 
 
 def test_a_log_that_cannot_be_opened_again_is_said(tmp_path: Path) -> None:
