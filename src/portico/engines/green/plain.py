@@ -202,7 +202,7 @@ class PlainPath:
         self, gate: Gate, taken: list[tuple[GreenSocket, ClientAddress]], now: float
     ) -> list[tuple[GreenSocket, ClientAddress]]:
         """Return those that may come in, and end the others."""
-        refusals = gate.admit_all([client_address for _, client_address in taken], now)
+        refusals = gate.admit_all(taken, now)
         if not any(refusals):
             return taken
         admitted: list[tuple[GreenSocket, ClientAddress]] = []
