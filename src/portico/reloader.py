@@ -24,25 +24,22 @@ from portico.changes import Watch, folder_of, outermost, placed, require_watchfi
 from portico.configuration import Configuration
 from portico.console import say
 from portico.duty import expanded, openings
-from portico.edition import LONGEST_DRAIN, Edition
+from portico.edition import END_PATIENCE, Edition
 from portico.errors import ListenerError, PorticoError
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.pidfile import PidFile
-from portico.service import STOP_PATIENCE
-
-END_PATIENCE: Final = LONGEST_DRAIN + STOP_PATIENCE + 1.0
-"""Seconds until a child that was told to end is killed."""
 
 WAITING: Final = "waiting for a change"
 
-STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
+STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end it; the last is that of a terminal which is closed."""
 
 Files: TypeAlias = Callable[[], Iterable[str | os.PathLike[str]]]
 
 
 def run(load: Callable[[], Configuration], files: Files = tuple) -> None:
-    """Serve until SIGINT or SIGTERM, in the main thread; anew when a file changes.
+    """Serve until SIGINT, SIGTERM or SIGHUP, in the main thread; anew when a file changes.
 
     Serves in one process, whatever `ProcessSettings.workers` says.
 
@@ -228,7 +225,10 @@ class Reloader:
             self._stops += number != signal.SIGCHLD
             self._wakeup.wake()
 
-        before = {number: signal.signal(number, note) for number in (*STOPPING, signal.SIGCHLD)}
+        heard = [*STOPPING, signal.SIGCHLD]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup arranges it
+            heard.remove(signal.SIGHUP)
+        before = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
