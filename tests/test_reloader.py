@@ -36,6 +36,8 @@ def load():
     addresses = Path(sys.argv[2]).read_text().split()
     if not addresses:
         raise SettingError("addresses", "", "at least one")
+    if addresses == ["broken"]:
+        raise LookupError("not here,\\nnor there")
     return Configuration(process=ProcessSettings(), services=(ServiceSettings(
         name="a", target=sys.argv[1], addresses=tuple(map(parse, addresses)),
         settings=Settings()),))
@@ -472,6 +474,45 @@ def test_settings_are_read_again_and_listeners_follow(edited: Edited, tmp_path: 
     assert ask(two) == b"first"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(one, PATIENCE)
+
+
+def test_whatever_reading_the_settings_raises_is_said_and_waits_for_a_change(
+    edited: Edited, tmp_path: Path
+) -> None:
+    settings = tmp_path / "addresses"
+    settings.write_text("tcp://127.0.0.1:0")
+    edited.start(["-c", RUN, f"{edited.target}:handle", str(settings)])
+    _, port = edited.ready()
+    settings.write_text("broken")
+    edited.read("error: LookupError: not here, nor there; waiting for a change")
+    settings.write_text(f"tcp://127.0.0.1:{port}")
+    assert ask(edited.ready()) == b"first"
+
+
+def test_settings_that_are_nested_too_deep_are_said_and_wait_for_a_change(
+    edited: Edited, tmp_path: Path
+) -> None:
+    settings = tmp_path / "portico.toml"
+    text = f"target = '{edited.target}:handle'\naddresses = 'tcp://127.0.0.1:0'\n"
+    settings.write_text(text)
+    edited.start(["-m", "portico", "serve", "--reload", "--config", str(settings)])
+    address = edited.ready()
+    settings.write_text(f"{text}farewell = {'[' * 3000}\n")
+    edited.read("error: .*; waiting for a change")
+    settings.write_text(text)
+    assert edited.ready() == address
+
+
+def test_workers_are_said_to_be_left_aside(edited: Edited) -> None:
+    """Once, and not at each edit."""
+    edited.serve("--workers", "2")
+    address = edited.ready()
+    said = "portico: --reload serves in one process, and leaves workers=2 aside\n"
+    assert edited.lines.count(said) == 1
+    eventually(lambda: len(edited.processes()) == 3)  # with the parent and a watcher
+    edited.write("second")
+    assert edited.ready() == address
+    assert edited.lines.count(said) == 1
 
 
 def test_an_address_that_is_in_the_way_of_the_next_gives_it_room(
