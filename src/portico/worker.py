@@ -106,7 +106,10 @@ def work(post: Post, let_go: Callable[[], object]) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process at once, but not before what was written is out."""
+    """End the process at once, but not before what was written is out.
+
+    Handlers that still run end with it, and the program's exit handlers do not run.
+    """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed, or nobody reads it
