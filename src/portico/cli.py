@@ -25,7 +25,7 @@ from portico.engines import settings as engine_settings
 from portico.errors import PorticoError
 from portico.outline import outline
 from portico.service import load_certificates
-from portico.sources import Reading, Sources
+from portico.sources import SourcedConfiguration, Sources
 from portico.worker import leave
 
 _T = TypeVar("_T")
@@ -35,7 +35,7 @@ class Loader:
     """Reads a configuration when it is asked to, and remembers what it read last."""
 
     def __init__(self, sources: Sources) -> None:
-        self.reading: Reading | None = None
+        self.reading: SourcedConfiguration | None = None
         self._sources = sources
 
     def load(self) -> Configuration:

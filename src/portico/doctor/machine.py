@@ -23,7 +23,7 @@ from typing import Final
 from portico import privileges
 from portico.configuration import ProcessSettings
 from portico.doctor.cgroups import Groups
-from portico.doctor.facts import Account, Ceiling, Kernel, Limits
+from portico.doctor.facts import Account, Allowance, Ceiling, Kernel
 from portico.doctor.pseudofiles import number, numbers, text
 from portico.errors import PorticoError
 
@@ -60,7 +60,7 @@ def read_kernel(root: Path = Path("/")) -> Kernel:
     )
 
 
-def read_limits(root: Path = Path("/")) -> Limits:
+def read_allowance(root: Path = Path("/")) -> Allowance:
     """Read what this process may have.
 
     Args:
@@ -73,7 +73,7 @@ def read_limits(root: Path = Path("/")) -> Limits:
     if memory is None or (total is not None and (memory.most or 0) > total):
         memory = None if total is None else Ceiling(total, source="the machine")
     tasks = [groups.tasks(), _of_user(root), _of_machine(root)]
-    return Limits(
+    return Allowance(
         descriptors=descriptors,
         tasks=tuple(each for each in tasks if each is not None),
         processors=len(os.sched_getaffinity(0)),
