@@ -435,6 +435,27 @@ def test_a_second_signal_ends_it_at_once(edited: Edited) -> None:
     assert edited.process.returncode == 0
 
 
+def test_sigterm_to_every_process_drains_all_the_same(edited: Edited) -> None:
+    """As timeout(1) sends it: who serves is told twice, and ends at once by neither."""
+    edited.target.write_text(
+        "def handle(request, address, server):\n"
+        "    while word := request.recv(100):\n"
+        "        request.sendall(word)\n"
+    )
+    edited.serve("--engine", "threads")
+    with socket.create_connection(edited.ready(), PATIENCE) as client:
+        client.sendall(b"one")
+        assert client.recv(100) == b"one"
+        os.killpg(edited.process.pid, signal.SIGTERM)
+        edited.read("drains: 1 open")
+        client.sendall(b"two")
+        assert client.recv(100) == b"two"
+    said = edited.rest()
+    assert "1 finished" in said
+    assert "cut off" not in said
+    assert edited.process.returncode == 0
+
+
 def test_a_handler_that_goes_on_does_not_keep_an_edit_back(edited: Edited) -> None:
     edited.target.write_text(BUSY)
     edited.serve()
