@@ -195,6 +195,26 @@ def test_a_reload_that_cannot_start_leaves_what_serves(tmp_path: Path, reason: s
         program.stop()
 
 
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_failed_reload_leaves_as_many_workers_as_there_were(tmp_path: Path, other: int) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        before = program.workers()
+        process = program.told["process"]
+        program.write(BROKEN, process=process | {"workers": other})
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before: .+")
+        program.write(SECOND)
+        program.send(signal.SIGHUP)
+        program.wait_for("serves as reloaded")
+        assert not program.find("starts another worker|it is one too many")
+        assert len(program.find("could not start")) <= other
+        program.wait_for("has ended", 2)
+        assert len(program.workers()) == other
+        assert not {*before} & {*program.workers()}
+        program.stop()
+
+
 def test_a_reload_opens_addresses_that_came_and_closes_those_that_went(tmp_path: Path) -> None:
     path = tmp_path / "echo"
     with supervised(tmp_path, addresses=("tcp://127.0.0.1:0", f"unix:{path}")) as program:

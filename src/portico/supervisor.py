@@ -22,7 +22,7 @@ from math import ceil, inf
 from typing import Final, TypeAlias
 
 from portico import privileges
-from portico.configuration import MOST_WORKERS, Configuration
+from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
 from portico.duty import counted, expanded, log_kept, openings
@@ -100,7 +100,6 @@ class Supervisor:
         self._signals = SignalPipe(SIGNALS)
         self._workers = Workers(self._change, self._let_go)
         self._readings: dict[int, Reading] = {}
-        self._wanted = 0
         self._serving: Generation | None = None
         self._upcoming: Generation | None = None
         self._last_number = 0
@@ -163,7 +162,6 @@ class Supervisor:
             self._workers.look()
             situation = Situation(
                 self._workers.states,
-                self._wanted,
                 self._serving,
                 self._upcoming,
                 self._heritage is not None,
@@ -182,7 +180,7 @@ class Supervisor:
     def _carry_out(self, action: object) -> None:
         match action:
             case Start(generation):
-                self._workers.start(self._readings[generation], self._wanted)
+                self._workers.start(self._readings[generation], self._wanted_of(generation))
             case Drain(worker, reason):
                 self._workers.drain(worker, self._rest_of, reason)
             case Report(worker, reason, by_signal):
@@ -250,9 +248,9 @@ class Supervisor:
             case signal.SIGUSR2 if self._stop is Stop.NOT:
                 self._hand_over()
             case signal.SIGTTIN if self._stop is Stop.NOT:
-                self._want(min(self._wanted + 1, MOST_WORKERS))
+                self._want(1)
             case signal.SIGTTOU if self._stop is Stop.NOT:
-                self._want(max(1, self._wanted - 1))
+                self._want(-1)
             case _:
                 pass
 
@@ -298,9 +296,15 @@ class Supervisor:
             say("has opened its log again")
         self._workers.reopen_logs()
 
-    def _want(self, count: int) -> None:
-        if count != self._wanted:
-            self._wanted = count
+    def _want(self, more: int) -> None:
+        """Have so many workers more, in a reload that is under way, too."""
+        before = self._newest
+        if self._serving is not None:
+            self._serving = _with_more(self._serving, more)
+        if self._upcoming is not None:
+            self._upcoming = _with_more(self._upcoming, more)
+        count = 0 if self._newest is None else self._newest.wanted
+        if before is not None and count != before.wanted:
             say(f"is to have {count} worker{'s' * (count != 1)}")
 
     # --- generations ----------------------------------------------------------------------
@@ -317,9 +321,6 @@ class Supervisor:
         listeners = self._listeners.gather(wanted)
         self._counters.release_abandoned()  # of a predecessor that was killed
         self._counters.allot(station_names(listeners))
-        if self._wanted == 0 or self._count_of_last() != process.worker_count():
-            # Otherwise it stays as it was changed by signals.
-            self._wanted = max(1, process.worker_count())
         self._last_number += 1
         self._readings[self._last_number] = Reading(
             self._last_number,
@@ -327,10 +328,24 @@ class Supervisor:
             listeners,
             tuple(each.address for each in wanted),
         )
-        self._upcoming = Generation(self._last_number, _limits(configuration))
+        count = self._count_for(process)
+        self._upcoming = Generation(self._last_number, count, _limits(configuration))
 
-    def _count_of_last(self) -> int:
-        return self._readings[self._last_number].configuration.process.worker_count()
+    def _count_for(self, process: ProcessSettings) -> int:
+        """Return how many workers are wanted: as signals have changed it, if nothing else has."""
+        serving, count = self._serving, process.worker_count()
+        if serving is not None and self._readings[serving.number].process.worker_count() == count:
+            return serving.wanted
+        return max(1, count)
+
+    @property
+    def _newest(self) -> Generation | None:
+        return self._upcoming or self._serving
+
+    def _wanted_of(self, number: int) -> int:
+        """Return how many workers of a generation are wanted."""
+        known = (self._serving, self._upcoming)
+        return next(each.wanted for each in known if each is not None and each.number == number)
 
     def _adopt(self) -> None:
         """Have the upcoming generation be the one that serves."""
@@ -458,6 +473,10 @@ class Supervisor:
             heir.channel.close()
             self._heir = None
             say(f"the other supervisor {heir.wait()} before it served; this one goes on")
+
+
+def _with_more(generation: Generation, more: int) -> Generation:
+    return replace(generation, wanted=max(1, min(generation.wanted + more, MOST_WORKERS)))
 
 
 def _limits(configuration: Configuration) -> Limits:
