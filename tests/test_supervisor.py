@@ -171,7 +171,7 @@ def test_a_reload_serves_with_other_code_and_finishes_with_the_earlier(tmp_path:
         program.stop()
 
 
-@pytest.mark.parametrize("reason", ["code", "settings", "address"])
+@pytest.mark.parametrize("reason", ["code", "settings", "nonsense", "address"])
 def test_a_reload_that_cannot_start_leaves_what_serves(tmp_path: Path, reason: str) -> None:
     with supervised(tmp_path) as program, socket.create_server(("127.0.0.1", 0)) as taken:
         program.wait_ready(2)
@@ -181,6 +181,8 @@ def test_a_reload_that_cannot_start_leaves_what_serves(tmp_path: Path, reason: s
             program.write(BROKEN)
         elif reason == "settings":
             program.write(process=process | {"max_requests": 0})
+        elif reason == "nonsense":  # of which the reader of this program knows nothing
+            program.write(services=[{}])
         else:
             occupied = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
             program.write(services=[services[0] | {"addresses": [occupied]}])

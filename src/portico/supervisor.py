@@ -279,8 +279,10 @@ class Supervisor:
         self._notifier.reloading("reloading")
         try:
             self._begin(self._load())
-        except (PorticoError, OSError) as error:
-            self._failed_reload(str(error))
+        except Exception as error:  # whatever it is, those that serve stay
+            has_words = isinstance(error, (PorticoError, OSError))
+            self._failed_reload(str(error) if has_words else f"{type(error).__name__}: {error}")
+            self._tidy()
 
     def _failed_reload(self, reason: str) -> None:
         say(f"cannot reload, and serves as before: {reason}")
@@ -313,7 +315,7 @@ class Supervisor:
         """Begin a generation of workers.
 
         Raises:
-            PorticoError: An address cannot be had.
+            PorticoError: An address cannot be had.  What was opened for others is left to `_tidy`.
         """
         process = configuration.process
         services = expanded(configuration.services)
