@@ -241,6 +241,32 @@ def test_a_reload_opens_addresses_that_came_and_closes_those_that_went(tmp_path:
         assert not other.exists()
 
 
+def test_who_connects_to_an_address_that_went_is_refused_while_the_last_drain(
+    tmp_path: Path,
+) -> None:
+    gate = tmp_path / "gate"
+    wait = f"while not os.path.exists({str(gate)!r}): portico.sleep(0.01)"
+    source = ECHO.replace("portico.sleep(0.7)", wait)
+    addresses = ("tcp://127.0.0.1:0", "tcp://[::1]:0")
+    with supervised(tmp_path, source, addresses=addresses) as program:
+        program.wait_ready(2)
+        port = int(program.wait_for(r"ready on tcp://\[::1\]:(\d+)")[1])
+        with Client(socket.AF_INET6, socket.SOCK_STREAM) as early:
+            early.connect(("::1", port))
+            early.sendall(b"slow\n")
+            first = program.told["services"][0]
+            program.write(services=[first | {"addresses": addresses[:1]}])
+            program.send(signal.SIGHUP)
+            program.wait_for(r"serves tcp://\[::1\].* no more")
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("::1", port), PATIENCE)
+            assert program.ask() == b"hello\n"
+            gate.touch()
+            assert early.recv(64) == b"slow\n"
+        program.wait_for("has ended", 2)
+        program.stop()
+
+
 def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: Path) -> None:
     """One that drains would close them at the end of its time."""
     limits = {"max_connections": 2}

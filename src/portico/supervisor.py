@@ -201,19 +201,17 @@ class Supervisor:
     def _wait(self, until: float | None) -> None:
         """Wait until something happens, or until an instant, and take note of it."""
         ready = self._poll(until)
-        for each in self._workers:
-            if each.channel.fileno() in ready:
-                self._workers.listen(each)
+        spoke = [each for each in self._workers if each.channel.fileno() in ready]
+        for each in spoke:
+            self._workers.listen(each)
         if self._heir is not None and self._heir.channel.fileno() in ready:
             self._listen_to_heir(self._heir)
         for number in self._signals.take():
             self._obey(number)
         has_any_ended = self._workers.collect()
         if self._stop is not Stop.NOT and self._workers.have_left:
-            # Those who connect now are refused, and try elsewhere; in the queue they would wait for
-            # the end of the drain, and then be reset.
-            self._listeners.close()
-        elif has_any_ended:
+            self._listeners.close()  # as `_tidy` does, but for whom nobody has to be left
+        elif has_any_ended or spoke:
             self._tidy()
 
     def _poll(self, until: float | None) -> set[int]:
@@ -386,8 +384,12 @@ class Supervisor:
             heritage.channel.close()
 
     def _tidy(self) -> None:
-        """Forget the readings that nobody serves any more, and close their listeners."""
-        used = {each.reading.number for each in self._workers}
+        """Forget the readings from whose listeners nobody accepts any more, and close these.
+
+        Those who connect are refused then, at once: in the queue they would wait for the end of the
+        drain, and be reset.
+        """
+        used = {each.reading.number for each in self._workers if not each.has_left}
         used |= {each.number for each in (self._serving, self._upcoming) if each is not None}
         self._readings = {
             number: reading
