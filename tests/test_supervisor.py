@@ -381,6 +381,27 @@ def test_one_successor_at_a_time_and_none_before_it_serves(tmp_path: Path) -> No
         assert program.wait_ended() == 0
 
 
+@pytest.mark.parametrize("workers", [1, None])
+def test_a_successor_that_hangs_is_killed_and_another_one_can_be_tried(
+    tmp_path: Path, workers: int | None
+) -> None:
+    """It waits for somebody who writes its settings."""
+    with supervised(tmp_path, workers=workers, start_timeout=1.2) as program:
+        program.wait_ready(workers or 0)
+        settings = tmp_path / "settings.json"
+        settings.unlink()
+        os.mkfifo(settings)
+        program.send(signal.SIGUSR2)
+        program.wait_for(
+            r"was killed by SIGKILL \(it did not serve in time\) before it served; this one goes on"
+        )
+        assert program.ask() == b"hello\n"
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another", 2)
+        program.stop()
+        assert program.wait_ended() == 0
+
+
 # --- stuck -------------------------------------------------------------------------------
 
 

@@ -11,12 +11,11 @@ a worker that goes leaves it open for the others.
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from math import ceil, inf
 from typing import Final, TypeAlias
@@ -204,8 +203,8 @@ class Supervisor:
         spoke = [each for each in self._workers if each.channel.fileno() in ready]
         for each in spoke:
             self._workers.listen(each)
-        if self._heir is not None and self._heir.channel.fileno() in ready:
-            self._listen_to_heir(self._heir)
+        if self._heir is not None and not self._heir.is_serving and self._heir.attend():
+            self._settle(self._heir)
         for number in self._signals.take():
             self._obey(number)
         has_any_ended = self._workers.collect()
@@ -221,10 +220,12 @@ class Supervisor:
         for each in self._workers:
             if not each.is_gone:
                 poll.register(each.channel, select.POLLIN)
-        if self._heir is not None and not self._heir.is_serving:
-            poll.register(self._heir.channel, select.POLLIN)
         now, interval = time.monotonic(), self._notifier.watchdog_interval
         instants = [until if until is not None else inf]
+        if self._heir is not None and not self._heir.is_serving:
+            instants.append(self._heir.deadline)
+            if (number := self._heir.fileno()) is not None:
+                poll.register(number, select.POLLIN)
         if interval is not None:
             instants.append(now + interval)
         pause = max(0.0, min(instants) - now)
@@ -260,9 +261,8 @@ class Supervisor:
             generation = self._serving or self._upcoming
             within = None if generation is None else generation.limits.drain_timeout
             self._notifier.stopping("draining", within=within)
-            if self._heir is not None and not self._heir.is_serving:
-                with suppress(ProcessLookupError):
-                    os.kill(self._heir.process, signal.SIGTERM)
+            if self._heir is not None:
+                self._heir.stop()
         elif self._stop is Stop.DRAIN:
             say(f"stops at once ({why} again)")
             self._stop = Stop.NOW
@@ -452,31 +452,33 @@ class Supervisor:
         variables = self._notifier.variables(0)
         variables.pop("WATCHDOG_PID", None)  # it will be the heir's
         try:
-            self._heir = start_heir(pairs, self._counters, variables)
+            timeout = heir_timeout(reading.process)
+            self._heir = start_heir(pairs, self._counters, variables, timeout)
         except OSError as error:
             say(f"cannot start another supervisor: {error}")
             return
         say(f"starts another supervisor (process {self._heir.process})")
 
-    def _listen_to_heir(self, heir: Heir) -> None:
-        """Go when it serves, and stay if it does not."""
-        messages = heir.channel.receive()
-        for message in messages or ():
-            if message["kind"] == "serving":
-                heir.is_serving = True
-                handed = self._listeners.hand_over(message.get("listeners", ()))
-                self._handed_over = {id(each) for each in handed}
-                try:
-                    self._pid_file.hand_over(heir.process)
-                except PorticoError as error:
-                    say(str(error))
-                self._notifier.main_process(heir.process)
-                say(f"leaves everything to process {heir.process}")
-                self._stop = Stop.DRAIN
-        if messages is None and not heir.is_serving:
-            heir.channel.close()
+    def _settle(self, heir: Heir) -> None:
+        """Go when it serves, and stay if it has ended."""
+        if heir.taken is None:
             self._heir = None
-            say(f"the other supervisor {heir.wait()} before it served; this one goes on")
+            say(f"the other supervisor {heir.end} before it served; this one goes on")
+            return
+        handed = self._listeners.hand_over(heir.taken)
+        self._handed_over = {id(each) for each in handed}
+        try:
+            self._pid_file.hand_over(heir.process)
+        except PorticoError as error:
+            say(str(error))
+        self._notifier.main_process(heir.process)
+        say(f"leaves everything to process {heir.process}")
+        self._stop = Stop.DRAIN
+
+
+def heir_timeout(process: ProcessSettings) -> float | None:
+    """Return the seconds that an heir has to serve in: its own start, and then its workers'."""
+    return None if process.start_timeout is None else 2 * process.start_timeout
 
 
 def _with_more(generation: Generation, more: int) -> Generation:
