@@ -15,6 +15,13 @@ import pytest
 from tests.supervised import ECHO, Supervised, supervised
 from tests.support import PATIENCE, Client, eventually, goodbye, received
 
+
+def waiting_for(gate: Path) -> str:
+    """Return a handler whose ``slow`` lasts until there is a file."""
+    wait = f"while not os.path.exists({str(gate)!r}): portico.sleep(0.01)"
+    return ECHO.replace("portico.sleep(0.7)", wait)
+
+
 SECOND = ECHO.replace('VERSION = b""', 'VERSION = b"second "')
 BROKEN = "import nothing_of_this_name\n"
 
@@ -245,10 +252,8 @@ def test_who_connects_to_an_address_that_went_is_refused_while_the_last_drain(
     tmp_path: Path,
 ) -> None:
     gate = tmp_path / "gate"
-    wait = f"while not os.path.exists({str(gate)!r}): portico.sleep(0.01)"
-    source = ECHO.replace("portico.sleep(0.7)", wait)
     addresses = ("tcp://127.0.0.1:0", "tcp://[::1]:0")
-    with supervised(tmp_path, source, addresses=addresses) as program:
+    with supervised(tmp_path, waiting_for(gate), addresses=addresses) as program:
         program.wait_ready(2)
         port = int(program.wait_for(r"ready on tcp://\[::1\]:(\d+)")[1])
         with Client(socket.AF_INET6, socket.SOCK_STREAM) as early:
@@ -343,6 +348,33 @@ def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_p
         assert program.find(r"stopped after .* s: 3 requests served")  # of both, in one mapping
         assert not path.exists()
         assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
+    tmp_path: Path, times: int
+) -> None:
+    gate = tmp_path / "gate"
+    with supervised(tmp_path, waiting_for(gate), workers=1) as program:
+        program.wait_ready(1)
+        first = program.pid
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            assert client.recv(64)
+            client.sendall(b"slow\n")
+            hand_over(program)
+            os.kill(first, signal.SIGTERM)
+            program.wait_for(r"stops \(SIGTERM\)")
+            if times == 1:
+                gate.touch()
+                assert client.recv(64) == b"slow\n"
+            else:
+                os.kill(first, signal.SIGTERM)
+                program.wait_for(r"stops at once \(SIGTERM again\)")
+                assert goodbye(client) == b""
+        program.wait_for("has handed over after")
+        assert program.wait_ended() == 0
+        program.stop()
 
 
 def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ class Supervisor:
         self._upcoming: Generation | None = None
         self._last_number = 0
         self._stop = Stop.NOT
+        self._is_told_to_end = False
         self._has_ended = False
         self._reload_is_due = False
         self._failure = ""
@@ -254,18 +255,24 @@ class Supervisor:
                 pass
 
     def _end(self, why: str) -> None:
-        """Begin to end; the second time, at once."""
+        """Begin to end; the second time, at once.
+
+        A hand-over begins to end, too, and is none of the times.
+        """
+        if self._is_told_to_end:
+            if self._stop is not Stop.NOW:
+                say(f"stops at once ({why} again)")
+                self._stop = Stop.NOW
+            return
+        self._is_told_to_end = True
+        say(f"stops ({why})")
         if self._stop is Stop.NOT:
-            say(f"stops ({why})")
             self._stop = Stop.DRAIN
             generation = self._serving or self._upcoming
             within = None if generation is None else generation.limits.drain_timeout
             self._notifier.stopping("draining", within=within)
             if self._heir is not None:
                 self._heir.stop()
-        elif self._stop is Stop.DRAIN:
-            say(f"stops at once ({why} again)")
-            self._stop = Stop.NOW
 
     def _reload(self) -> None:
         """Read the configuration and start workers with it; after the reload that is under way."""
@@ -473,7 +480,8 @@ class Supervisor:
             say(str(error))
         self._notifier.main_process(heir.process)
         say(f"leaves everything to process {heir.process}")
-        self._stop = Stop.DRAIN
+        if self._stop is Stop.NOT:
+            self._stop = Stop.DRAIN
 
 
 def heir_timeout(process: ProcessSettings) -> float | None:
