@@ -117,6 +117,25 @@ def test_a_worker_that_does_not_come_to_serve_is_ended_and_says_where_it_was(
         assert program.find("is killed: it does not serve after 1.5 s")
 
 
+def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> None:
+    """The supervisor waits for a reader of its log, with its listeners open."""
+    path, pid_file, log = tmp_path / "echo", tmp_path / "pid", tmp_path / "log"
+    os.mkfifo(log)
+    with supervised(
+        tmp_path, addresses=(f"unix:{path}",), pid_file=str(pid_file), log_file=str(log)
+    ) as program:
+        eventually(lambda: path.exists() and pid_file.exists())
+        program.send(signal.SIGTERM)
+        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+        program.wait_silent()
+        os.close(reader)
+        assert program.wait_ended() == 0
+        assert program.find(r"stops \(SIGTERM\)")
+        assert not program.find("worker")
+        assert not path.exists()
+        assert not pid_file.exists()
+
+
 # --- more and less -----------------------------------------------------------------------
 
 

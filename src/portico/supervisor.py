@@ -125,6 +125,8 @@ class Supervisor:
         predecessor = None if self._heritage is None else self._heritage.predecessor
         raise_descriptor_limit()
         with ExitStack() as closing:
+            # First, and so left last: whatever is opened is closed again, and files are removed.
+            closing.enter_context(self._signals)
             closing.callback(self._listeners.close)
             self._pid_file = closing.enter_context(PidFile(process.pid_file, predecessor))
             self._counters = self._workers.counters = self._make_counters()
@@ -132,7 +134,6 @@ class Supervisor:
             self._begin(self._first)
             privileges.drop(identity)
             closing.enter_context(log_kept(process))
-            closing.enter_context(self._signals)
             self._work()
         if self._failure:
             raise SupervisorError(self._failure)
@@ -141,6 +142,7 @@ class Supervisor:
 
     def _work(self) -> None:
         """Do what is due, and wait for what comes next, until nobody is left."""
+        self._hear()
         while not self._has_ended:
             until = self._act()
             if not self._has_ended:
@@ -206,8 +208,7 @@ class Supervisor:
             self._workers.listen(each)
         if self._heir is not None and not self._heir.is_serving and self._heir.attend():
             self._settle(self._heir)
-        for number in self._signals.take():
-            self._obey(number)
+        self._hear()
         has_any_ended = self._workers.collect()
         if self._stop is not Stop.NOT and self._workers.have_left:
             self._listeners.close()  # as `_tidy` does, but for whom nobody has to be left
@@ -236,6 +237,10 @@ class Supervisor:
         return {number for number, _ in ready}
 
     # --- signals --------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        for number in self._signals.take():
+            self._obey(number)
 
     def _obey(self, number: int) -> None:
         match number:
