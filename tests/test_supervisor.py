@@ -7,11 +7,17 @@ import signal
 import socket
 import stat
 import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from portico.configuration import Configuration, ProcessSettings
+from portico.supervision import Generation, Stage, Stop, Worker, note_end
+from portico.supervisor import Supervisor
+from portico.systemd import Notifier
 from tests.supervised import ECHO, Supervised, supervised
 from tests.support import PATIENCE, Client, eventually, goodbye, received
 
@@ -134,6 +140,45 @@ def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> 
         assert not program.find("worker")
         assert not path.exists()
         assert not pid_file.exists()
+
+
+def test_when_another_worker_starts_is_said_once_and_not_of_one_that_went_as_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configuration = Configuration(process=ProcessSettings(workers=2), services=())
+    supervisor = Supervisor(lambda: configuration, configuration, Notifier.take({}))
+    now = time.monotonic()
+    failed = partial(note_end, worker=Worker(1, 1, Stage.STARTING, now, now), now=now, reason="")
+    asked = Worker(1, 1, Stage.DRAINING, now, now)
+    supervisor._serving = Generation(1)
+    supervisor._change(1, failed)
+    assert "starts another worker in 0.5 s" in capsys.readouterr().err
+    supervisor._change(1, failed)
+    supervisor._change(1, lambda each: note_end(each, asked, now, ""))
+    supervisor._serving, supervisor._stop = Generation(1), Stop.DRAIN
+    supervisor._change(1, failed)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alone(
+    tmp_path: Path,
+) -> None:
+    with supervised(tmp_path, waiting_for(tmp_path / "gate"), workers=1) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            assert client.recv(64)
+            client.sendall(b"slow\n")
+            settings = tmp_path / "settings.json"
+            settings.unlink()
+            os.mkfifo(settings)
+            program.send(signal.SIGUSR2)
+            program.wait_for("starts another supervisor")
+            program.send(signal.SIGTERM)
+            program.wait_for(r"the other supervisor was killed by SIGTERM before it served$")
+            (tmp_path / "gate").touch()
+            assert client.recv(64) == b"slow\n"
+        program.wait_silent()
 
 
 # --- more and less -----------------------------------------------------------------------

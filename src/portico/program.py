@@ -77,6 +77,7 @@ class Soloist:
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
         self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
         self._heir: Heir | None = None
+        self._has_ended = False
 
     def run(self) -> bool:
         """Serve; return whether handlers are left behind."""
@@ -144,6 +145,7 @@ class Soloist:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self._signals.put(0)
+            self._has_ended = True
             if self._heir is not None:
                 self._heir.stop()
 
@@ -159,7 +161,8 @@ class Soloist:
             return
         say(f"starts another process (process {heir.process})")
         if not heir.wait():
-            say(f"process {heir.process} {heir.end} before it served; this one goes on")
+            goes_on = "" if self._has_ended else "; this one goes on"
+            say(f"process {heir.process} {heir.end} before it served{goes_on}")
             return
         self._listeners.hand_over(heir.taken or ())
         try:

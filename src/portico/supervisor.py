@@ -422,13 +422,13 @@ class Supervisor:
 
     def _change(self, number: int, change: Callable[[Generation], Generation]) -> None:
         """Exchange what is known of a generation, if it still counts."""
-        if self._serving is not None and self._serving.number == number:
-            self._serving = change(self._serving)
         if self._upcoming is not None and self._upcoming.number == number:
             self._upcoming = change(self._upcoming)
-        serving, now = self._serving, time.monotonic()
-        if serving is not None and serving.number == number and serving.retry > now:
-            say(f"starts another worker in {serving.retry - now:.1f} s")
+        before, now = self._serving, time.monotonic()
+        if before is not None and before.number == number:
+            self._serving = after = change(before)
+            if after.retry > max(now, before.retry) and self._stop is Stop.NOT:
+                say(f"starts another worker in {after.retry - now:.1f} s")
 
     def _let_go(self) -> None:
         """Close in a child what is the supervisor's."""
@@ -475,7 +475,8 @@ class Supervisor:
         """Go when it serves, and stay if it has ended."""
         if heir.taken is None:
             self._heir = None
-            say(f"the other supervisor {heir.end} before it served; this one goes on")
+            goes_on = "; this one goes on" if self._stop is Stop.NOT else ""
+            say(f"the other supervisor {heir.end} before it served{goes_on}")
             return
         handed = self._listeners.hand_over(heir.taken)
         self._handed_over = {id(each) for each in handed}
