@@ -314,6 +314,37 @@ def test_rows_of_processes_that_have_ended_can_be_had_again(counters: Counters) 
     assert counters.claim() == mine + 1
 
 
+def test_a_row_is_abandoned_when_the_number_of_its_process_is_anothers(counters: Counters) -> None:
+    """Of one that began at another time."""
+    row = counters.claim()
+    assert counters.release_abandoned() == 0
+    counters.plate(row)[module._Plate.CLAIMANT_BEGAN] -= 1
+    assert counters.release_abandoned() == 1
+    row = counters.claim()
+    Row(counters, row)
+    counters.plate(row)[module._Plate.CLAIMANT] = (1 << 22) + 1  # more than any process has
+    assert counters.release_abandoned() == 0
+    counters.plate(row)[module._Plate.OWNER_BEGAN] -= 1
+    assert counters.release_abandoned() == 1
+
+
+def test_it_is_known_whether_another_supervisor_has_rows(counters: Counters) -> None:
+    counters.claim()
+    assert not counters.has_rows_of_others()
+    child = forked(counters.claim)
+    assert ended(child) == 0
+    assert counters.has_rows_of_others()
+    counters.release_abandoned()
+    assert not counters.has_rows_of_others()
+
+
+def test_a_process_that_has_ended_is_not_alive_though_nobody_has_collected_it() -> None:
+    child = forked(lambda: None)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert not module._is_alive(child)
+    assert ended(child) == 0
+
+
 def test_a_process_of_somebody_else_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(process: int, number: int) -> None:
         raise PermissionError

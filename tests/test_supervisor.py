@@ -414,6 +414,23 @@ def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_p
         assert not pid_file.exists()
 
 
+def test_places_of_a_predecessor_that_is_killed_are_free_again(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1, settings={"max_connections": 1}) as program:
+        program.wait_ready(1)
+        first, (worker,) = program.pid, program.workers()
+        with program.connect() as early, program.connect() as late:
+            early.sendall(b"hello\n")
+            assert early.recv(64) == b"hello\n"
+            early.sendall(b"half ")  # so it is not idle
+            hand_over(program)
+            for process in (first, worker):
+                os.kill(process, signal.SIGKILL)
+            assert program.wait_ended() == -signal.SIGKILL
+            late.sendall(b"hello\n")
+            assert late.recv(64) == b"hello\n"
+        program.stop()
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
     tmp_path: Path, times: int

@@ -14,7 +14,8 @@ write as one.  Cells are read while others write them, so different numbers of a
 work may be those of different moments.
 
 Source: memfd_create(2); fcntl(2), "Advisory record locking", whose locks end with their process,
-and "File Sealing": without a seal whoever has the descriptor could end all with SIGBUS.
+and "File Sealing": without a seal whoever has the descriptor could end all with SIGBUS;
+proc_pid_stat(5).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import starmap
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Self
 from weakref import WeakSet
@@ -95,6 +98,9 @@ class _Plate(IntEnum):
     OWNER = 1
     """The process that writes it."""
     HEARTBEAT = 2
+    CLAIMANT_BEGAN = 3
+    OWNER_BEGAN = 4
+    """When these processes began, as `_began` says it: their numbers may be others' later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,7 @@ class Row:
         self.counters = counters
         self.number = number
         self._plate = counters.plate(number)
+        self._plate[_Plate.OWNER_BEGAN] = _began(os.getpid())
         self._plate[_Plate.OWNER] = os.getpid()
         self.beat()
 
@@ -364,6 +371,7 @@ class Counters:
                 if not plate[_Plate.CLAIMANT]:
                     plate[_Plate.OWNER] = 0
                     plate[_Plate.HEARTBEAT] = time.monotonic_ns()
+                    plate[_Plate.CLAIMANT_BEGAN] = _began(os.getpid())
                     plate[_Plate.CLAIMANT] = os.getpid()
                     self._memory[_Header.USED] = max(self._memory[_Header.USED], number + 1)
                     return number
@@ -390,10 +398,16 @@ class Counters:
             How many there were.
         """
         with self._locked():
-            rows = [row for row in self._live_rows() if not any(map(_is_alive, self._who(row)))]
+            rows = [row for row in self._live_rows() if not any(starmap(_is_alive, self._who(row)))]
             for number in rows:
                 self._release(number)
             return len(rows)
+
+    def has_rows_of_others(self) -> bool:
+        """Say whether a row belongs to another supervisor than this process, alive or not."""
+        with self._locked():
+            own = os.getpid()
+            return any(self.plate(row)[_Plate.CLAIMANT] != own for row in self._live_rows())
 
     def pulse(self, number: int) -> Pulse:
         """Say how a worker is."""
@@ -444,9 +458,13 @@ class Counters:
         used = self._memory[_Header.USED]
         return [row for row in range(used) if self.plate(row)[_Plate.CLAIMANT]]
 
-    def _who(self, row: int) -> tuple[int, int]:
+    def _who(self, row: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return who claimed a row and who writes it, each with when that process began."""
         plate = self.plate(row)
-        return plate[_Plate.CLAIMANT], plate[_Plate.OWNER]
+        return (
+            (plate[_Plate.CLAIMANT], plate[_Plate.CLAIMANT_BEGAN]),
+            (plate[_Plate.OWNER], plate[_Plate.OWNER_BEGAN]),
+        )
 
     def _sum_of_row(self, row: int) -> Counts:
         numbers = (FORMER, *self._known().values())
@@ -610,8 +628,13 @@ def _fold(source: memoryview[int], target: memoryview[int]) -> None:
             source[cell] = 0
 
 
-def _is_alive(process: int) -> bool:
-    """Say whether there is a process of this number."""
+def _is_alive(process: int, began: int = 0) -> bool:
+    """Say whether a process runs.
+
+    Args:
+        process: Its number; 0 for none.
+        began: What `_began` said of it; 0 if that is not known.
+    """
     if not process:
         return False
     try:
@@ -619,8 +642,23 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    state, now = _state(process)
+    return state not in {"Z", "X"} and (not began or not now or began == now)
+
+
+def _began(process: int) -> int:
+    """Return when a process began, in ticks after the boot; 0 if it cannot be told."""
+    return _state(process)[1]
+
+
+def _state(process: int) -> tuple[str, int]:
+    """Return the state of a process and when it began, by proc_pid_stat(5)."""
+    with suppress(OSError, ValueError, IndexError):
+        text = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
+        fields = text.rpartition(")")[2].split()  # the name of a program may hold anything
+        return fields[0], int(fields[19])
+    return "", 0
 
 
 def _close_quietly(descriptor: int) -> None:
