@@ -181,6 +181,17 @@ def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alon
         program.wait_silent()
 
 
+def test_limits_of_time_may_be_longer_than_the_system_waits_at_once(tmp_path: Path) -> None:
+    month = 30 * 24 * 3600
+    with supervised(tmp_path, worker_timeout=month, start_timeout=1e300) as program:
+        program.wait_ready(2)
+        assert program.ask() == b"hello\n"
+        program.write(SECOND)
+        hand_over(program)
+        eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+
+
 # --- more and less -----------------------------------------------------------------------
 
 

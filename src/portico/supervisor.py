@@ -26,7 +26,7 @@ from portico.console import say
 from portico.counters import Counters
 from portico.duty import counted, expanded, log_kept, openings
 from portico.errors import CountersError, PorticoError
-from portico.handover import Heir, Heritage, start_heir
+from portico.handover import LONGEST_WAIT, Heir, Heritage, start_heir
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
 from portico.pidfile import PidFile
@@ -231,7 +231,7 @@ class Supervisor:
             if not each.is_gone:
                 poll.register(each.channel, select.POLLIN)
         now, interval = time.monotonic(), self._notifier.watchdog_interval
-        instants = [until if until is not None else inf]
+        instants = [now + LONGEST_WAIT, until if until is not None else inf]
         if self._heir is not None and not self._heir.is_serving:
             instants.append(self._heir.deadline)
             if (number := self._heir.fileno()) is not None:
@@ -241,7 +241,7 @@ class Supervisor:
         if self._has_former:
             instants.append(now + FORMER_INTERVAL)
         pause = max(0.0, min(instants) - now)
-        ready = poll.poll(None if pause == inf else ceil(pause * 1000))
+        ready = poll.poll(ceil(pause * 1000))
         self._workers.excuse(now + pause)
         self._notifier.keep_alive()
         return {number for number, _ in ready}
