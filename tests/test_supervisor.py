@@ -419,6 +419,44 @@ def test_the_log_is_opened_again_in_every_process(tmp_path: Path, workers: int |
         assert " drains" not in moved.read_text()
 
 
+@pytest.mark.parametrize("workers", [2, None])
+def test_what_was_counted_is_said_for_each_address_while_it_serves(
+    tmp_path: Path, workers: int | None
+) -> None:
+    addresses = ("tcp://127.0.0.1:0", "udp://127.0.0.1:0")
+    source = ECHO.replace("class Echo(", "class Lines(") + (
+        "\ndef Echo(request, client, server):\n"
+        "    if not isinstance(request, tuple):\n        Lines(request, client, server)\n"
+    )
+    with supervised(tmp_path, source, workers=workers, addresses=addresses) as program:
+        program.wait_ready(workers or 0, 2)
+        assert program.ask() == b"hello\n"
+        with program.connect() as client:
+            client.sendall(b"here\n")
+            assert client.recv(64) == b"here\n"
+
+            def is_told() -> bool:  # the end of the first one is counted after its last byte
+                program.send(signal.SIGUSR1)
+                program.wait_for("udp://127.0.0.1:.* 0 accepted, 0 served;")
+                return bool(
+                    program.find("tcp://127.0.0.1:.* 2 accepted, 1 served, 1 open; 6 bytes")
+                )
+
+            eventually(is_told)
+        program.stop()
+
+
+def test_the_last_words_tell_of_each_address(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        assert program.ask() == b"hello\n"
+        port = program.port
+        program.stop()
+        assert program.find(
+            rf"^portico: tcp://127.0.0.1:{port}: 1 accepted, 1 served; 6 bytes received, 6 sent$"
+        )
+
+
 def test_a_log_that_cannot_be_opened_again_is_said(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()

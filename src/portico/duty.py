@@ -7,7 +7,7 @@ are, to `portico.program`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -16,6 +16,7 @@ from portico import logs, systemd, target
 from portico.address import Address
 from portico.configuration import ProcessSettings, ServiceSettings
 from portico.console import say
+from portico.counts import Counts
 from portico.errors import SettingError
 from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
@@ -156,3 +157,23 @@ def counted(served: int, **others: int) -> str:
     words = [f"{served} request{'s' * (served != 1)} served"]
     words += [f"{count} {name.replace('_', ' ')}" for name, count in others.items() if count]
     return ", ".join(words)
+
+
+def say_counts(at: Mapping[str, Counts]) -> None:
+    """Say what was counted so far, in a line for each address."""
+    for address, each in at.items():
+        say(f"{address}: {described(each)}")
+
+
+def described(counts: Counts) -> str:
+    """Say all that was counted; of what did not happen only what would be missed."""
+    served = f"{counts.finished + counts.failed + counts.peer_gone} served"
+    if counts.failed:
+        served += f" ({counts.failed} failed)"
+    words = [f"{counts.accepted} accepted", served]
+    refused = [f"{number} {reason}" for reason, number in counts.refused_by.items() if number]
+    if refused:
+        words.append(f"{counts.refused} refused ({', '.join(refused)})")
+    others = {"cut off": counts.cut_off, "lost": counts.lost, "open": counts.active}
+    words += [f"{number} {name}" for name, number in others.items() if number]
+    return f"{', '.join(words)}; {counts.received} bytes received, {counts.sent} sent"

@@ -25,7 +25,7 @@ from portico import privileges
 from portico.configuration import MOST_WORKERS, Configuration
 from portico.console import say
 from portico.counters import Counters
-from portico.duty import counted, expanded, log_kept, openings
+from portico.duty import counted, described, expanded, log_kept, openings, say_counts
 from portico.errors import CountersError, PorticoError
 from portico.handover import Heir, Heritage, start_heir
 from portico.listeners import Listeners
@@ -152,7 +152,9 @@ class Supervisor:
         if self._heir is not None and self._heir.is_serving:
             say(f"has handed over after {seconds:.1f} s")
             return
-        counts = self._counters.totals().sum
+        totals = self._counters.totals()
+        say_counts(totals.at)
+        counts = totals.sum
         served = counts.finished + counts.failed + counts.peer_gone
         words = counted(served, refused=counts.refused, cut_off=counts.cut_off, lost=counts.lost)
         say(f"stopped after {seconds:.1f} s: {words}")
@@ -247,6 +249,7 @@ class Supervisor:
                 self._reload()
             case signal.SIGUSR1:
                 self._reopen()
+                self._say_counts()
             case signal.SIGUSR2 if self._stop is Stop.NOT:
                 self._hand_over()
             case signal.SIGTTIN if self._stop is Stop.NOT:
@@ -297,6 +300,12 @@ class Supervisor:
         else:
             say("has opened its log again")
         self._workers.reopen_logs()
+
+    def _say_counts(self) -> None:
+        """Say what all workers have counted so far; in sum, where systemd shows it."""
+        totals = self._counters.totals()
+        say_counts(totals.at)
+        self._notifier.status(described(totals.sum))
 
     def _want(self, count: int) -> None:
         if count != self._wanted:
