@@ -15,9 +15,11 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +34,16 @@ from portico.systemd import passed_sockets
 
 VARIABLE: Final = "PORTICO_HERITAGE"
 """The environment variable.  Not a setting: it names descriptors, which only an heir has."""
+
+
+END_PATIENCE: Final = 1.0
+"""Seconds that an heir has to end in which has closed its channel, before it is killed."""
+
+LOOK_INTERVAL: Final = 0.05
+"""Seconds between two looks at whether an heir has ended, where no signal tells."""
+
+LONGEST_WAIT: Final = 3600.0
+"""Seconds of one wait, however far the deadline is: poll(2) takes no more than 24 days."""
 
 
 class HandoverError(PorticoError, OSError):
@@ -139,49 +151,97 @@ class Heir:
     Attributes:
         process: Its number.
         channel: To it.
-        is_serving: Whether it has taken over.
+        deadline: The instant at which it is killed, if it does not serve by then.
+        taken: The addresses of the listeners that it has taken, since it serves; ``None`` before.
+        end: How it has ended instead, in words; empty before.
     """
 
     process: int
     channel: Channel
-    is_serving: bool = False
+    deadline: float = inf
+    taken: list[str] | None = None
+    end: str = ""
+    _overdue: str = "it did not serve in time"
+    _killed_for: str = ""
+    _is_silent: bool = False
 
-    def wait_serving(self, timeout: float | None) -> list[str] | None:
-        """Wait until it has taken over; it is killed if that takes too long.
+    @property
+    def is_serving(self) -> bool:
+        """Whether it has taken over."""
+        return self.taken is not None
 
-        Args:
-            timeout: Seconds; ``None`` for no limit.
+    def fileno(self) -> int | None:
+        """Return what is readable when it says something; ``None`` if it has no more to say."""
+        return None if self._is_silent or self.is_serving else self.channel.fileno()
+
+    def attend(self) -> bool:
+        """Take note of what it says, that its time is over, and that it has ended; never waits.
 
         Returns:
-            The addresses of the listeners that it has taken; ``None`` if it ends instead.
+            Whether its fate is settled: it serves, or has ended and is collected.
         """
-        poll = select.poll()
-        poll.register(self.channel, select.POLLIN)
-        while True:
-            if not poll.poll(None if timeout is None else timeout * 1000):
-                with suppress(ProcessLookupError):
-                    os.kill(self.process, signal.SIGKILL)
-            messages = self.channel.receive()
-            if messages is None:
-                self.channel.close()
-                return None
-            for message in messages:
-                if message["kind"] == "serving":
-                    self.is_serving = True
-                    return list(message.get("listeners", ()))
+        if not self._is_silent:
+            self._listen()
+        if not self.is_serving:
+            if self.deadline <= time.monotonic():
+                self._kill()
+            self._collect()
+        return self.is_serving or bool(self.end)
 
-    def wait(self) -> str:
-        """Collect it, now that it has ended, and say how it did."""
-        with suppress(ChildProcessError):
-            _, status = os.waitpid(self.process, 0)
-            return said_end(status)
-        return "ended"
+    def wait(self) -> bool:
+        """Wait until its fate is settled; return whether it serves."""
+        while not self.attend():
+            poll = select.poll()
+            number = self.fileno()
+            if number is not None:
+                poll.register(number, select.POLLIN)
+            longest = LOOK_INTERVAL if number is None else LONGEST_WAIT
+            pause = min(self.deadline - time.monotonic(), longest)
+            poll.poll(ceil(max(0.0, pause) * 1000))
+        return self.is_serving
+
+    def stop(self) -> None:
+        """Have it end, if it does not serve: nobody is left to take over from."""
+        if not self.is_serving and not self.end:
+            with suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGTERM)
+
+    def _listen(self) -> None:
+        messages = self.channel.receive()
+        for message in messages or ():
+            if message["kind"] == "serving":
+                self.taken = list(message.get("listeners", ()))
+        if messages is None:
+            # It ends, or else nobody will ever hear that it serves.
+            self._is_silent = True
+            self.channel.close()
+            if self.deadline > (soon := time.monotonic() + END_PATIENCE):
+                self.deadline, self._overdue = soon, "it had closed its channel"
+
+    def _kill(self) -> None:
+        self.deadline, self._killed_for = inf, self._overdue
+        with suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
+
+    def _collect(self) -> None:
+        try:
+            process, status = os.waitpid(self.process, os.WNOHANG)
+        except ChildProcessError:
+            self.end = "ended"
+        else:
+            if not process:
+                return
+            self.end = said_end(status)
+        if self._killed_for:
+            self.end += f" ({self._killed_for})"
+        self.channel.close()
 
 
 def start_heir(
     listeners: Sequence[tuple[Address, OpenListener]],
     counters: Counters | None = None,
     variables: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> Heir:
     """Start the command line of this process again, and let it have what this one holds.
 
@@ -189,6 +249,7 @@ def start_heir(
         listeners: Each with the address that was asked for.
         counters: What is counted in, if it can be shared.
         variables: More for its environment.
+        timeout: Seconds until it has to serve; ``None`` for no limit.
 
     Raises:
         OSError: The system refuses.
@@ -206,7 +267,7 @@ def start_heir(
         raise
     finally:
         theirs.close()
-    return Heir(process, ours)
+    return Heir(process, ours, inf if timeout is None else time.monotonic() + timeout)
 
 
 def said_end(status: int) -> str:

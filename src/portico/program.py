@@ -28,7 +28,7 @@ from portico.listeners import Listeners
 from portico.logfile import reopen_all
 from portico.pidfile import PidFile
 from portico.service import Service, raise_descriptor_limit
-from portico.supervisor import Supervisor
+from portico.supervisor import Supervisor, heir_timeout
 from portico.systemd import Notifier
 
 Load = Callable[[], Configuration]
@@ -77,6 +77,7 @@ class Soloist:
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
         self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
         self._heir: Heir | None = None
+        self._has_ended = False
 
     def run(self) -> bool:
         """Serve; return whether handlers are left behind."""
@@ -145,22 +146,26 @@ class Soloist:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self._signals.put(0)
+            self._has_ended = True
+            if self._heir is not None:
+                self._heir.stop()
 
     def _hand_over(self, serving: Service, pairs: Any, pid_file: PidFile) -> None:
         """Start another process of the same command line, and go when it serves."""
         variables = self._notifier.variables(0)
         variables.pop("WATCHDOG_PID", None)  # it will be the heir's
+        timeout = heir_timeout(self._configuration.process)
         try:
-            heir = start_heir(pairs, None, variables)
+            heir = self._heir = start_heir(pairs, None, variables, timeout)
         except OSError as error:
             say(f"cannot start another process: {error}")
             return
         say(f"starts another process (process {heir.process})")
-        taken = heir.wait_serving(self._configuration.process.start_timeout)
-        if taken is None:
-            say(f"process {heir.process} {heir.wait()} before it served; this one goes on")
+        if not heir.wait():
+            goes_on = "" if self._has_ended else "; this one goes on"
+            say(f"process {heir.process} {heir.end} before it served{goes_on}")
             return
-        self._listeners.hand_over(taken)
+        self._listeners.hand_over(heir.taken or ())
         try:
             pid_file.hand_over(heir.process)
         except PorticoError as error:
