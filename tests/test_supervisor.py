@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import stat
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,65 @@ def test_ctrl_c_is_the_supervisors(tmp_path: Path) -> None:
         program.wait_silent()
         assert program.wait_ended() == 0
         assert len(program.find("has ended")) == 2
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_sigterm_to_every_process_drains_all_the_same(tmp_path: Path, engine: str) -> None:
+    """As systemd sends it, and timeout(1): a worker is told twice, and ends at once by neither."""
+    with supervised(tmp_path, engine=engine) as program:
+        program.wait_ready(2)
+        with program.connect() as client:
+            client.sendall(b"one\nhalf ")
+            assert client.recv(64) == b"one\n"
+            os.killpg(program.pid, signal.SIGTERM)
+            program.wait_for("has ended")  # the other worker: both have been told by now
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+        program.wait_silent()
+        assert program.wait_ended() == 0
+        assert len(program.find("has ended")) == 2
+
+
+def test_a_worker_that_drains_goes_on_when_its_supervisor_is_killed(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"one\nhalf ")
+            assert client.recv(64) == b"one\n"
+            program.send(signal.SIGTERM)
+            program.wait_for("stops")
+            eventually(lambda: refuses(program))
+            program.send(signal.SIGKILL)
+            program.wait_for("has lost its supervisor")
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+        program.wait_silent()
+
+
+def test_a_worker_that_gets_sigterm_from_outside_is_replaced_at_once_and_drains(
+    tmp_path: Path,
+) -> None:
+    """Nor is it taken for stuck, and killed, because its loop goes round no more."""
+    with supervised(tmp_path, workers=1, worker_timeout=2.2) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            worker = int(client.recv(64))
+            client.sendall(b"half ")
+            os.kill(worker, signal.SIGTERM)
+            program.wait_ready(2)  # which does not wait for the end of the first
+            assert int(program.ask(b"who\n")) != worker
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+        program.wait_for(rf"\(process {worker}\) has ended")
+        assert not program.find("is killed")
+        program.stop()
+
+
+def refuses(program: Supervised) -> bool:
+    """Say whether nobody listens any more."""
+    with Client(socket.AF_INET, socket.SOCK_STREAM) as client:
+        return client.connect_ex(("127.0.0.1", program.port)) == errno.ECONNREFUSED
 
 
 def test_a_target_that_does_not_import_ends_it_with_the_reason(tmp_path: Path) -> None:
@@ -620,6 +681,35 @@ def test_the_last_words_tell_of_each_address(tmp_path: Path) -> None:
         assert program.find(
             rf"^portico: tcp://127.0.0.1:{port}: 1 accepted, 1 served; 6 bytes received, 6 sent$"
         )
+
+
+def test_a_worker_has_no_file_open_of_its_supervisors(tmp_path: Path) -> None:
+    """Neither the pid file, which it could write to, nor the log a second time."""
+    log, moved, pid_file = tmp_path / "log", tmp_path / "moved", tmp_path / "pid"
+    with supervised(tmp_path, workers=1, log_file=str(log), pid_file=str(pid_file)) as program:
+        program.wait_ready(1)
+        program.send(signal.SIGTTIN)  # the second inherits what the supervisor has by now
+        program.wait_ready(2)
+        assert str(pid_file) in open_files(program.pid)
+        for worker in program.workers():
+            files = open_files(worker)
+            assert files.count(str(log)) == 1
+            assert str(pid_file) not in files
+        log.rename(moved)
+        program.send(signal.SIGUSR1)
+        program.wait_for("has opened its log again")
+        for worker in program.workers():
+            eventually(lambda: {str(log), str(moved)} & {*open_files(worker)} == {str(log)})  # noqa: B023
+        program.stop()
+
+
+def open_files(process: int) -> list[str]:
+    """Return what the descriptors of a process are open on."""
+    found: list[str] = []
+    for each in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed in the meantime
+            found.append(str(each.readlink()))
+    return found
 
 
 def test_a_log_that_cannot_be_opened_again_is_said(tmp_path: Path) -> None:

@@ -116,9 +116,14 @@ _kept: Final[list[logging.Handler]] = []
 
 
 def forget_logs() -> None:
-    """Take off what `log_kept` has put there, so that the target can arrange its own logs."""
+    """Take off what `log_kept` has put there, and close it: for a child, right after the fork.
+
+    The target can arrange its own logs then; and a file that is moved away, and removed, is gone
+    when those who write to it have opened another.
+    """
     for handler in _kept:
         logging.getLogger().removeHandler(handler)
+        handler.close()
     _kept.clear()
 
 

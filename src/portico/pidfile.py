@@ -77,6 +77,13 @@ class PidFile:
             with suppress(OSError), alone_in(self._path.parent):
                 if _read(self._path) == self._process:
                     self._remove(self._path)
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor, and leave the file: for a child, whose it is not.
+
+        Callable again.
+        """
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

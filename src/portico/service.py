@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,6 +67,13 @@ STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
+
+LONGEST_PAUSE: Final = 3600.0
+"""Seconds of one wait at the most; then it waits again.  poll(2) counts milliseconds in an ``int``,
+which are 24 days."""
+
+LONGEST_ALARM: Final = 1e9
+"""Seconds, 31 years, that no drain outlasts, and for which the system still sets an alarm."""
 
 POLL_INTERVAL: Final = 0.5
 """Seconds between two rounds of an idle loop that has something to do in each."""
@@ -251,6 +258,11 @@ class Service:
         return [server.address for server in self._servers]
 
     @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._is_stopping
+
+    @property
     def drain_timeout(self) -> float | None:
         """Seconds that the longest drain may take; ``None`` for no limit."""
         return self._drain_timeout
@@ -336,12 +348,19 @@ class Service:
         self._closing.close()
 
     @contextmanager
-    def stopped_by_signals(self, numbers: Iterable[int] = STOP_SIGNALS) -> Generator[None]:
+    def stopped_by_signals(
+        self, numbers: Iterable[int] = STOP_SIGNALS, *, at_once: Collection[int] = ()
+    ) -> Generator[None]:
         """Stop at these signals while the block runs; in the main thread.
 
         The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
         thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
         not ended `STOP_PATIENCE` seconds after the time of the drain.
+
+        Args:
+            numbers: Which.
+            at_once: The only signals that end at once, for a process that may be told to drain
+                more often; empty for the second of any.
         """
         process = os.getpid()
         timeout = self._drain_timeout
@@ -356,17 +375,20 @@ class Service:
             if os.getpid() != process:  # a child, which has inherited this and is to end
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            elif self._is_stopping:
-                self._interrupt(number)
-            else:
+                return
+            is_first = not self._is_stopping
+            if is_first:
                 if timeout is not None:
                     # An alarm, and not a thread that waits, because a signal handler may come in
                     # between any two steps of starting one.
                     catch(signal.SIGALRM)
-                    alarm = signal.setitimer(signal.ITIMER_REAL, timeout + STOP_PATIENCE)
+                    seconds = min(timeout + STOP_PATIENCE, LONGEST_ALARM)
+                    alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
                 self.stop()
+            if number in {*at_once, signal.SIGALRM} or not (is_first or at_once):
+                self._interrupt(number)
 
-        for number in numbers:
+        for number in (*numbers, *at_once):
             catch(number)
         try:
             yield
@@ -377,7 +399,7 @@ class Service:
                 signal.signal(number, handler)
 
     def _interrupt(self, number: int) -> None:
-        """Interrupt the main thread, at the second signal or when the time of its loop is over."""
+        """Interrupt the main thread, if it is to end at once or the time of its loop is over."""
         if number == signal.SIGALRM:
             if self._is_in_loop:
                 raise KeyboardInterrupt
@@ -680,8 +702,8 @@ def _wait_until(is_so: Callable[[], bool], wakeup: Wakeup, deadline: float = inf
     poll = select.poll()  # and not select(2), since descriptors may be many
     poll.register(wakeup, select.POLLIN)
     while not is_so() and (remaining := deadline - time.monotonic()) > 0:
-        pause = min(remaining, SIGNAL_INTERVAL) if wakeup.misses_signals else remaining
-        poll.poll(None if pause == inf else ceil(pause * 1000))
+        pause = min(remaining, SIGNAL_INTERVAL if wakeup.misses_signals else LONGEST_PAUSE)
+        poll.poll(ceil(pause * 1000))
         wakeup.clear()
 
 

@@ -442,6 +442,7 @@ class Supervisor:
     def _let_go(self) -> None:
         """Close in a child what is the supervisor's."""
         self._signals.close()
+        self._pid_file.close()
         if self._heir is not None:
             self._heir.channel.close()
         if self._heritage is not None:
