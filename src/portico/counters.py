@@ -37,6 +37,7 @@ from weakref import WeakSet
 from portico.bell import Bell
 from portico.counts import CELLS, OF_THE_LIVING, REASONS, Cell, Counts, Totals
 from portico.errors import CountersError
+from portico.processes import is_alive
 
 MAGIC: Final = int.from_bytes(b"portico#", "little")
 LAYOUT: Final = 1
@@ -390,7 +391,7 @@ class Counters:
             How many there were.
         """
         with self._locked():
-            rows = [row for row in self._live_rows() if not any(map(_is_alive, self._who(row)))]
+            rows = [row for row in self._live_rows() if not any(map(is_alive, self._who(row)))]
             for number in rows:
                 self._release(number)
             return len(rows)
@@ -608,19 +609,6 @@ def _fold(source: memoryview[int], target: memoryview[int]) -> None:
         if number:
             target[cell] += number
             source[cell] = 0
-
-
-def _is_alive(process: int) -> bool:
-    """Say whether there is a process of this number."""
-    if not process:
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _close_quietly(descriptor: int) -> None:

@@ -9,34 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from portico import logs, systemd, target
-from portico.address import Address
 from portico.configuration import ProcessSettings, ServiceSettings
 from portico.console import say
 from portico.counts import Counts
 from portico.errors import SettingError
 from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
-from portico.service import Assignment, Tally
-from portico.settings import Settings, StrPath
+from portico.service import Assignment, Opening, Tally
+from portico.settings import StrPath
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """Where a listener is to be opened.
-
-    Attributes:
-        address: Where.
-        settings: Those of its service.
-    """
-
-    address: Address
-    settings: Settings
 
 
 def expanded(services: Sequence[ServiceSettings]) -> tuple[ServiceSettings, ...]:

@@ -22,7 +22,7 @@ from functools import partial
 from math import ceil, inf
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
 from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
@@ -517,21 +517,20 @@ def serve(
             return service.run()
 
 
-class Opening(Protocol):
-    """What says where a listener is to be opened, such as an `Assignment`."""
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Where a listener is to be opened, before anybody knows by whom it is served.
 
-    @property
-    def address(self) -> Address:
-        """Where."""
-        ...
+    Attributes:
+        address: Where.
+        settings: Its backlog, and who may use the file of a Unix socket.
+    """
 
-    @property
-    def settings(self) -> Settings:
-        """Its backlog, and who may use the file of a Unix socket."""
-        ...
+    address: Address
+    settings: Settings
 
 
-def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
+def open_listeners(openings: Sequence[Opening | Assignment]) -> list[OpenListener]:
     """Open a listener for each of several openings, or none.
 
     Raises:

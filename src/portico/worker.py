@@ -114,7 +114,10 @@ def work(take_up: Callable[[], Post], let_go: Callable[[], object]) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process at once, but not before what was written is out."""
+    """End the process at once, but not before what was written is out.
+
+    Handlers that still run end with it, and the program's exit handlers do not run.
+    """
     try:
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
