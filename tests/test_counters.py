@@ -23,6 +23,7 @@ from portico.counters import STATIONS, Counters, Row, Station
 from portico.counts import NO_PREAMBLE, NOBODY, REASONS, Cell, Counts, refusal_cell
 from portico.errors import CountersError
 from portico.events import RefusalReason
+from portico.processes import is_alive
 from tests.support import PATIENCE, Call, eventually
 
 HERE = "tcp://127.0.0.1:9000"
@@ -309,7 +310,7 @@ def test_rows_of_processes_that_have_ended_can_be_had_again(counters: Counters) 
     os.write(mouth, b".")  # have the worker end
     os.close(mouth)
     os.close(eyes)
-    eventually(lambda: not module._is_alive(worker))
+    eventually(lambda: not is_alive(worker))
     assert counters.release_abandoned() == 1
     assert counters.claim() == mine + 1
 
@@ -336,22 +337,6 @@ def test_it_is_known_whether_another_supervisor_has_rows(counters: Counters) -> 
     assert counters.has_rows_of_others()
     counters.release_abandoned()
     assert not counters.has_rows_of_others()
-
-
-def test_a_process_that_has_ended_is_not_alive_though_nobody_has_collected_it() -> None:
-    child = forked(lambda: None)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    assert not module._is_alive(child)
-    assert ended(child) == 0
-
-
-def test_a_process_of_somebody_else_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(process: int, number: int) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "kill", deny)
-    assert module._is_alive(1)
-    assert not module._is_alive(0)
 
 
 # ------------------------------------------------------------------------------------- addresses

@@ -174,7 +174,7 @@ def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
         monkeypatch.setattr(owner, inner, interrupted)
     arguments: tuple[Any, ...] = {
         "admit": (PROXY, 0.0),
-        "admit_all": ([PROXY], 0.0),
+        "admit_all": ([(None, PROXY)], 0.0),
         "admit_peer": (PEER, 0.0),
         "await_room": (),
     }[step]

@@ -108,6 +108,19 @@ def test_an_heirloom_that_is_no_listener_is_an_error() -> None:
     os.close(writer)
 
 
+@pytest.mark.parametrize(("address", "waits"), [("tcp", False), ("udp", True)])
+def test_accepting_from_an_heirloom_never_waits(address: str, waits: bool) -> None:
+    """Whether it does is one flag for all processes: a copy that set it would hold their hubs."""
+    text = f"{address}://127.0.0.1:0"
+    listeners = Listeners()
+    (theirs,) = gathered(listeners, text)
+    opened = Heirloom(text, os.dup(theirs.socket.fileno()), None).open(theirs.place.address)
+    lent = opened.lend()
+    assert [os.get_blocking(each.socket.fileno()) for each in (theirs, opened, lent)] == [waits] * 3
+    for each in (lent, opened, listeners):
+        each.close()
+
+
 def test_how_a_process_ended_is_said_in_words() -> None:
     assert said_end(3 << 8) == "exited with status 3"
     assert said_end(9) == "was killed by SIGKILL"

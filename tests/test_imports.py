@@ -29,6 +29,7 @@ LAYERS = (
         "portico.logfile",
         "portico.networks",
         "portico.pem",
+        "portico.processes",
         "portico.proxy",
         "portico.signals",
         "portico.stacks",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from portico import pidfile
+from portico import processes
 from portico.errors import PorticoError
 from portico.pidfile import PidFile, PidFileError
 
@@ -115,9 +115,12 @@ def test_a_number_that_was_given_to_a_process_since_then_is_stale(path: Path) ->
 def test_where_the_age_cannot_be_told_the_process_counts(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pidfile, "Path", lambda _: Path("/no/such"))
-    assert pidfile._start_time(1) is None
-    assert pidfile._command(1) == "unknown"
+    monkeypatch.setattr(processes, "Path", lambda _: Path("/no/such"))
+    with another_process() as pid:
+        path.write_text(f"{pid}\n")
+        os.utime(path, (0, 0))
+        with pytest.raises(PidFileError, match=rf"process {pid} \(unknown\)"), PidFile(path):
+            pass
 
 
 def test_the_number_of_this_very_process_is_of_one_before_it(path: Path) -> None:

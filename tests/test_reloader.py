@@ -36,6 +36,8 @@ def load():
     addresses = Path(sys.argv[2]).read_text().split()
     if not addresses:
         raise SettingError("addresses", "", "at least one")
+    if addresses == ["broken"]:
+        raise LookupError("not here,\\nnor there")
     return Configuration(process=ProcessSettings(), services=(ServiceSettings(
         name="a", target=sys.argv[1], addresses=tuple(map(parse, addresses)),
         settings=Settings()),))
@@ -217,7 +219,7 @@ def test_a_syntax_error_is_said_and_a_client_waits_until_it_is_mended(edited: Ed
     address = edited.ready()
     edited.write("second", after="class Broken(\n")
     edited.read(r"portico: error: .*SyntaxError.* at \S+app\.py:5")
-    edited.read("ended with status 2; waiting for a change")
+    edited.read("exited with status 2; waiting for a change")
     with socket.create_connection(address, PATIENCE) as client:
         client.sendall(b"hello")
         edited.write("third")
@@ -236,7 +238,7 @@ def test_an_error_at_the_first_start_can_be_mended_too(edited: Edited) -> None:
 def test_a_server_that_dies_is_said_and_waits_for_a_change(edited: Edited) -> None:
     edited.write("first", before="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     edited.serve()
-    edited.read("ended by SIGKILL; waiting for a change")
+    edited.read("was killed by SIGKILL; waiting for a change")
     edited.write("second")
     assert ask(edited.ready()) == b"second"
 
@@ -245,7 +247,7 @@ def test_what_is_no_error_of_ours_is_shown_whole(edited: Edited) -> None:
     edited.write("first", before="import portico.edition as e\ne.logged = None\n")
     edited.serve()
     edited.read("Traceback")
-    edited.read("ended with status 1; waiting")
+    edited.read("exited with status 1; waiting")
 
 
 def test_a_module_in_another_folder_is_watched_once_it_is_imported(edited: Edited) -> None:
@@ -331,6 +333,79 @@ def test_a_signal_to_the_parent_alone_ends_all(edited: Edited) -> None:
     assert edited.processes() == set()
 
 
+def test_what_is_left_of_it_ends_when_the_parent_is_killed(edited: Edited) -> None:
+    """As a development environment's stop button does it: nothing keeps the address."""
+    edited.serve()
+    address = edited.ready()
+    assert ask(address) == b"first"
+    edited.process.kill()
+    said = edited.rest()  # to the end of the last process that has its standard error
+    assert "has lost the one that watches its files, and ends" in said
+    assert "1 request served" in said
+    eventually(lambda: edited.processes() == set())
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, PATIENCE)
+
+
+def test_a_watcher_has_nothing_of_its_parent(edited: Edited) -> None:
+    """It would keep for a moment what a killed parent leaves: the listeners, for one."""
+    edited.serve()
+    edited.ready()
+    eventually(lambda: len(watchers(edited)) == 1)
+    (watcher,) = watchers(edited)
+    links = Path(f"/proc/{watcher}/fd").iterdir()
+    kept = [str(link.readlink()).partition(":")[0] for link in links if int(link.name) > 2]
+    assert kept.count("pipe") == 1  # into which it writes
+    assert "socket" not in kept
+
+
+@pytest.mark.long
+def test_a_handler_that_goes_on_does_not_outlive_a_killed_parent(edited: Edited) -> None:
+    held = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+    edited.target.write_text(held + BUSY)
+    edited.serve(address="tcp://127.0.0.1:0")
+    with socket.create_connection(edited.ready(), PATIENCE) as client:
+        assert client.recv(4) == b"busy"
+        edited.process.kill()
+        edited.rest()
+    eventually(lambda: edited.processes() == set())
+
+
+def test_an_import_that_takes_long_ends_with_a_killed_parent(edited: Edited) -> None:
+    gate = edited.folder / "gate"
+    os.mkfifo(gate)
+    edited.write("first", before=f"print('imports', flush=True)\nopen({str(gate)!r}).read()\n")
+    edited.serve()
+    eventually(lambda: len(edited.processes()) == 3)  # and the watcher
+    edited.process.kill()
+    edited.rest()
+    eventually(lambda: edited.processes() == set())
+
+
+@pytest.mark.parametrize("is_for_all", [True, False])
+def test_a_terminal_that_is_closed_ends_all(edited: Edited, *, is_for_all: bool) -> None:
+    """The system sends SIGHUP to all of its processes; a shell may send it to the parent alone."""
+    edited.serve()
+    assert ask(edited.ready()) == b"first"
+    (os.killpg if is_for_all else os.kill)(edited.process.pid, signal.SIGHUP)
+    said = edited.rest()
+    assert "1 request served" in said
+    assert edited.process.returncode == 0
+    assert edited.processes() == set()
+
+
+def test_under_nohup_the_end_of_a_terminal_is_not_heard(edited: Edited) -> None:
+    lines = "import os, signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    run = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    serve = ["-m", "portico", "serve", "--reload", f"{edited.target}:handle", "tcp://127.0.0.1:0"]
+    edited.start(["-c", lines + run, *serve])
+    address = edited.ready()
+    os.killpg(edited.process.pid, signal.SIGHUP)
+    edited.write("second")
+    assert edited.ready() == address
+    assert ask(address) == b"second"
+
+
 def test_a_stop_while_it_waits_for_a_change_ends_at_once(edited: Edited) -> None:
     edited.target.write_text("1 +\n")
     edited.serve()
@@ -399,6 +474,45 @@ def test_settings_are_read_again_and_listeners_follow(edited: Edited, tmp_path: 
     assert ask(two) == b"first"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(one, PATIENCE)
+
+
+def test_whatever_reading_the_settings_raises_is_said_and_waits_for_a_change(
+    edited: Edited, tmp_path: Path
+) -> None:
+    settings = tmp_path / "addresses"
+    settings.write_text("tcp://127.0.0.1:0")
+    edited.start(["-c", RUN, f"{edited.target}:handle", str(settings)])
+    _, port = edited.ready()
+    settings.write_text("broken")
+    edited.read("error: LookupError: not here, nor there; waiting for a change")
+    settings.write_text(f"tcp://127.0.0.1:{port}")
+    assert ask(edited.ready()) == b"first"
+
+
+def test_settings_that_are_nested_too_deep_are_said_and_wait_for_a_change(
+    edited: Edited, tmp_path: Path
+) -> None:
+    settings = tmp_path / "portico.toml"
+    text = f"target = '{edited.target}:handle'\naddresses = 'tcp://127.0.0.1:0'\n"
+    settings.write_text(text)
+    edited.start(["-m", "portico", "serve", "--reload", "--config", str(settings)])
+    address = edited.ready()
+    settings.write_text(f"{text}farewell = {'[' * 3000}\n")
+    edited.read("error: .*; waiting for a change")
+    settings.write_text(text)
+    assert edited.ready() == address
+
+
+def test_workers_are_said_to_be_left_aside(edited: Edited) -> None:
+    """Once, and not at each edit."""
+    edited.serve("--workers", "2")
+    address = edited.ready()
+    said = "portico: --reload serves in one process, and leaves workers=2 aside\n"
+    assert edited.lines.count(said) == 1
+    eventually(lambda: len(edited.processes()) == 3)  # with the parent and a watcher
+    edited.write("second")
+    assert edited.ready() == address
+    assert edited.lines.count(said) == 1
 
 
 def test_an_address_that_is_in_the_way_of_the_next_gives_it_room(

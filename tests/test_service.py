@@ -638,6 +638,51 @@ def test_a_second_signal_ends_the_drain_at_once(number: int) -> None:
     assert (done(tally), tally.drained) == ((first, 0, 0, 1), None)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("is_told_first", [True, False])
+def test_where_one_signal_ends_at_once_the_others_only_drain(
+    number: int, is_told_first: bool
+) -> None:
+    release, entered = threading.Event(), threading.Event()
+
+    def handler(_: object, __: object, ___: object) -> None:
+        entered.set()
+        release.wait(PATIENCE)
+
+    made = serving(*[LOOPBACK] * number, handler=handler, drain_timeout=None)
+    first = made.addresses[0]
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def stop() -> None:
+        with connect(first):
+            assert entered.wait(PATIENCE)
+            if is_told_first:
+                signal.pthread_kill(main, signal.SIGTERM)
+                assert made.servers[0].draining.wait(PATIENCE)
+                assert made.is_stopping
+                signal.pthread_kill(main, signal.SIGTERM)
+            signal.pthread_kill(main, signal.SIGUSR1)
+            assert release.wait(PATIENCE)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with made.stopped_by_signals([signal.SIGTERM], at_once=[signal.SIGUSR1]):
+        stopping = Call(stop)
+        try:
+            tally, *_ = made.run()
+        finally:
+            release.set()
+        stopping.result()
+    assert (done(tally), tally.drained) == ((first, 0, 0, 1), None)
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_signal_that_ends_at_once_before_it_serves_has_it_not_serve() -> None:
+    with serving() as made, made.stopped_by_signals([], at_once=[signal.SIGUSR1]):
+        signal.raise_signal(signal.SIGUSR1)
+        assert [tally.served for tally in made.run()] == [0]
+
+
 def test_handlers_that_hold_their_loops_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that are no main thread cannot be interrupted; they end with the program."""
     monkeypatch.setattr(service, "STOP_PATIENCE", 0.1)
@@ -712,6 +757,30 @@ def test_a_signal_is_noticed_where_the_program_hears_of_signals_itself() -> None
         signal.set_wakeup_fd(before)
         os.close(reader)
         os.close(writer)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("timeout", [30 * 86400.0, 1e300])
+def test_a_drain_may_take_longer_than_the_system_can_wait_at_once(
+    number: int, timeout: float
+) -> None:
+    made = serving(*[LOOPBACK] * number, drain_timeout=timeout)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def talk() -> None:
+        with connect(made.addresses[0]) as client:
+            client.sendall(b"half ")  # so it is not idle
+            signal.pthread_kill(main, signal.SIGTERM)
+            assert made.servers[0].draining.wait(PATIENCE)
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+
+    with made.stopped_by_signals():
+        talking = Call(talk)
+        tally, *_ = made.run()
+        talking.result()
+    assert drained(tally) == (1, 0, 0)
 
 
 def test_an_alarm_of_the_program_goes_on() -> None:

@@ -15,7 +15,7 @@ from portico.configuration import ServiceSettings
 from portico.errors import CertificateError, PorticoError, SettingError
 from portico.layers import Layer, Source
 from portico.notation import in_toml
-from portico.sources import Reading, Sources
+from portico.sources import SourcedConfiguration, Sources
 from portico.target import TargetError
 
 SERVED = 'target = "app:Echo"\naddresses = "tcp://:9000"\n'
@@ -48,7 +48,7 @@ def read(
     given: Mapping[str, Any] | None = None,
     services: Sequence[str] = (),
     **keywords: object,
-) -> Reading:
+) -> SourcedConfiguration:
     """Read the sources, with a file in the current directory if there is a text."""
     if text is not None:
         Path("portico.toml").write_text(text)
@@ -60,7 +60,7 @@ def read(
     ).read()
 
 
-def only(reading: Reading) -> ServiceSettings:
+def only(reading: SourcedConfiguration) -> ServiceSettings:
     (service,) = reading.configuration.services
     return service
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import stat
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,65 @@ def test_ctrl_c_is_the_supervisors(tmp_path: Path) -> None:
         program.wait_silent()
         assert program.wait_ended() == 0
         assert len(program.find("has ended")) == 2
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_sigterm_to_every_process_drains_all_the_same(tmp_path: Path, engine: str) -> None:
+    """As systemd sends it, and timeout(1): a worker is told twice, and ends at once by neither."""
+    with supervised(tmp_path, engine=engine) as program:
+        program.wait_ready(2)
+        with program.connect() as client:
+            client.sendall(b"one\nhalf ")
+            assert client.recv(64) == b"one\n"
+            os.killpg(program.pid, signal.SIGTERM)
+            program.wait_for("has ended")  # the other worker: both have been told by now
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+        program.wait_silent()
+        assert program.wait_ended() == 0
+        assert len(program.find("has ended")) == 2
+
+
+def test_a_worker_that_drains_goes_on_when_its_supervisor_is_killed(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"one\nhalf ")
+            assert client.recv(64) == b"one\n"
+            program.send(signal.SIGTERM)
+            program.wait_for("stops")
+            eventually(lambda: refuses(program))
+            program.send(signal.SIGKILL)
+            program.wait_for("has lost its supervisor")
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+        program.wait_silent()
+
+
+def test_a_worker_that_gets_sigterm_from_outside_is_replaced_at_once_and_drains(
+    tmp_path: Path,
+) -> None:
+    """Nor is it taken for stuck, and killed, because its loop goes round no more."""
+    with supervised(tmp_path, workers=1, worker_timeout=2.2) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            worker = int(client.recv(64))
+            client.sendall(b"half ")
+            os.kill(worker, signal.SIGTERM)
+            program.wait_ready(2)  # which does not wait for the end of the first
+            assert int(program.ask(b"who\n")) != worker
+            client.sendall(b"and half\n")
+            assert client.recv(64) == b"half and half\n"
+        program.wait_for(rf"\(process {worker}\) has ended")
+        assert not program.find("is killed")
+        program.stop()
+
+
+def refuses(program: Supervised) -> bool:
+    """Say whether nobody listens any more."""
+    with Client(socket.AF_INET, socket.SOCK_STREAM) as client:
+        return client.connect_ex(("127.0.0.1", program.port)) == errno.ECONNREFUSED
 
 
 def test_a_target_that_does_not_import_ends_it_with_the_reason(tmp_path: Path) -> None:
@@ -610,6 +671,73 @@ def test_the_log_is_opened_again_in_every_process(tmp_path: Path, workers: int |
         program.stop()
         assert log.read_text().count(" drains") == (workers or 1)
         assert " drains" not in moved.read_text()
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_what_was_counted_is_said_for_each_address_while_it_serves(
+    tmp_path: Path, workers: int | None
+) -> None:
+    addresses = ("tcp://127.0.0.1:0", "udp://127.0.0.1:0")
+    source = ECHO.replace("class Echo(", "class Lines(") + (
+        "\ndef Echo(request, client, server):\n"
+        "    if not isinstance(request, tuple):\n        Lines(request, client, server)\n"
+    )
+    with supervised(tmp_path, source, workers=workers, addresses=addresses) as program:
+        program.wait_ready(workers or 0, 2)
+        assert program.ask() == b"hello\n"
+        with program.connect() as client:
+            client.sendall(b"here\n")
+            assert client.recv(64) == b"here\n"
+
+            def is_told() -> bool:  # the end of the first one is counted after its last byte
+                program.send(signal.SIGUSR1)
+                program.wait_for("udp://127.0.0.1:.* 0 accepted, 0 served;")
+                return bool(
+                    program.find("tcp://127.0.0.1:.* 2 accepted, 1 served, 1 open; 6 bytes")
+                )
+
+            eventually(is_told)
+        program.stop()
+
+
+def test_the_last_words_tell_of_each_address(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        assert program.ask() == b"hello\n"
+        port = program.port
+        program.stop()
+        assert program.find(
+            rf"^portico: tcp://127.0.0.1:{port}: 1 accepted, 1 served; 6 bytes received, 6 sent$"
+        )
+
+
+def test_a_worker_has_no_file_open_of_its_supervisors(tmp_path: Path) -> None:
+    """Neither the pid file, which it could write to, nor the log a second time."""
+    log, moved, pid_file = tmp_path / "log", tmp_path / "moved", tmp_path / "pid"
+    with supervised(tmp_path, workers=1, log_file=str(log), pid_file=str(pid_file)) as program:
+        program.wait_ready(1)
+        program.send(signal.SIGTTIN)  # the second inherits what the supervisor has by now
+        program.wait_ready(2)
+        assert str(pid_file) in open_files(program.pid)
+        for worker in program.workers():
+            files = open_files(worker)
+            assert files.count(str(log)) == 1
+            assert str(pid_file) not in files
+        log.rename(moved)
+        program.send(signal.SIGUSR1)
+        program.wait_for("has opened its log again")
+        for worker in program.workers():
+            eventually(lambda: {str(log), str(moved)} & {*open_files(worker)} == {str(log)})  # noqa: B023
+        program.stop()
+
+
+def open_files(process: int) -> list[str]:
+    """Return what the descriptors of a process are open on."""
+    found: list[str] = []
+    for each in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed in the meantime
+            found.append(str(each.readlink()))
+    return found
 
 
 def test_a_log_that_cannot_be_opened_again_is_said(tmp_path: Path) -> None:

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from typing import Self
 
 import pytest
 
+from portico.address import parse
 from portico.channel import Channel
 from portico.configuration import Configuration, ProcessSettings
 from portico.counters import Counters
+from portico.listener import OpenListener, open_listener
 from portico.supervision import Generation, Stage, Worker
 from portico.workers import SELF_DOUBT, Process, Reading, Workers
 from tests.support import eventually, nothing_left_behind
@@ -68,6 +73,30 @@ def test_a_worker_that_the_system_does_not_grant_is_a_failure_and_gives_its_row_
         assert changes.generation.reason == "worker 1 cannot be started: no process is left"
 
 
+class Unlendable(OpenListener):
+    """A listener for which the system has no descriptor more."""
+
+    def lend(self) -> Self:
+        raise OSError(errno.EMFILE, "too many open files")
+
+
+def test_a_child_that_fails_before_it_can_work_ends_and_is_no_second_supervisor(
+    workers: Workers, changes: Changes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it raises stays in it: the loop of the supervisor is further up."""
+    parent = os.getpid()
+    opened = open_listener(parse("tcp://127.0.0.1:0"))
+    with closing(Unlendable(opened.place, opened.socket)) as listener:
+        try:
+            workers.start(replace(READING, listeners=(listener,)), 1)
+        finally:
+            if os.getpid() != parent:
+                os._exit(77)
+        eventually(workers.collect)
+    assert changes.generation.reason.endswith("exited with status 1")
+    assert "too many open files" in capfd.readouterr().err
+
+
 def process(workers: Workers, pid: int, stage: Stage = Stage.READY) -> tuple[Process, Channel]:
     """Put a process of the test's among the workers."""
     ours, theirs = Channel.pair()
@@ -119,6 +148,33 @@ def test_what_a_worker_says_last_is_why_it_could_not_start(
     assert list(workers) == []
     assert changes.generation.reason == "it cannot import app"
     assert f"{made} could not start: it cannot import app" in capsys.readouterr().err
+
+
+def test_one_that_leaves_unasked_drains_and_counts_as_one_that_failed(
+    workers: Workers, changes: Changes
+) -> None:
+    """Or a target that stops its server when it starts would be started without a pause."""
+    made, theirs = process(workers, ended(0))
+    made.state = replace(made.state, asked=monotonic())
+    theirs.send("left")
+    workers.listen(made)
+    assert made.has_left
+    assert (made.state.stage, made.state.asked) == (Stage.DRAINING, None)
+    theirs.close()
+    eventually(workers.collect)
+    assert changes.generation.failures == 1
+
+
+def test_one_that_was_told_to_drain_leaves_and_has_not_failed(
+    workers: Workers, changes: Changes
+) -> None:
+    made, theirs = process(workers, ended(0))
+    workers.drain(1, lambda _: [], "")
+    theirs.send("left")
+    workers.listen(made)
+    eventually(workers.collect)
+    theirs.close()
+    assert changes.generation.failures == 0
 
 
 def test_a_terminal_that_has_gone_is_no_reason_to_stop(

@@ -209,16 +209,28 @@ class _Pulse:
 def _watch(writer: int, folders: Sequence[Path], files: Sequence[Path]) -> NoReturn:
     """Watch, in a process of its own, and tell of each change in a line."""
     try:
-        # Ctrl-C at the terminal is for the parent, which ends this.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        _settle(writer)
         for path in _changes(writer, folders, files):
             _tell(writer, {"changed": path})
     except Exception as error:  # of watchfiles, of whatever kind: no folder, no more watches
         _tell(writer, {"error": " ".join(str(error).split())[:1000]})
     finally:
         os._exit(0)
+
+
+def _settle(writer: int) -> None:
+    """Hear SIGTERM, and have nothing of the parent but its standard streams and what it reads.
+
+    What is open here stays open when the parent is killed: its listeners, for one.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # of the terminal; the parent ends this
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    os.closerange(3, writer)
+    os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _changes(writer: int, folders: Sequence[Path], files: Sequence[Path]) -> Iterator[str]:

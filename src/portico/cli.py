@@ -6,11 +6,9 @@ Leaves the options that are settings to `portico.options`.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +25,8 @@ from portico.engines import settings as engine_settings
 from portico.errors import PorticoError
 from portico.outline import outline
 from portico.service import load_certificates
-from portico.sources import Reading, Sources
+from portico.sources import SourcedConfiguration, Sources
+from portico.worker import leave
 
 _T = TypeVar("_T")
 
@@ -36,7 +35,7 @@ class Loader:
     """Reads a configuration when it is asked to, and remembers what it read last."""
 
     def __init__(self, sources: Sources) -> None:
-        self.reading: Reading | None = None
+        self.reading: SourcedConfiguration | None = None
         self._sources = sources
 
     def load(self) -> Configuration:
@@ -107,7 +106,9 @@ def serve(*, reload: bool, **given: Any) -> Callable[[], None] | None:
             loader.explaining(lambda: reloader.run(loader.load, loader.files))
             return None
         has_left_handlers = loader.explaining(lambda: program.run(loader.load))
-    return _leave if has_left_handlers else None
+    # Python would take itself down under the handlers that still run, and a thread that is ended in
+    # the middle of a greenlet takes the process with it (SIGSEGV).
+    return partial(leave, 0) if has_left_handlers else None
 
 
 @commands.command()
@@ -197,19 +198,6 @@ def _of_program(trace: TracebackType | None) -> TracebackType | None:
     while trace is not None and trace.tb_frame.f_code.co_filename in {__file__, swap.__file__}:
         trace = trace.tb_next
     return trace
-
-
-def _leave() -> None:
-    """End the process at once, with the handlers that still run in it.
-
-    Python would take itself down under them, and a thread that is ended in the middle of a greenlet
-    takes the process with it (SIGSEGV).  The program's exit handlers do not run.
-    """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads it
-            stream.flush()
-    os._exit(0)
 
 
 def _verify(configuration: Configuration, *, imports: bool) -> None:

@@ -14,8 +14,7 @@ write as one.  Cells are read while others write them, so different numbers of a
 work may be those of different moments.
 
 Source: memfd_create(2); fcntl(2), "Advisory record locking", whose locks end with their process,
-and "File Sealing": without a seal whoever has the descriptor could end all with SIGBUS;
-proc_pid_stat(5).
+and "File Sealing": without a seal whoever has the descriptor could end all with SIGBUS.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import starmap
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Self
 from weakref import WeakSet
@@ -40,6 +38,7 @@ from weakref import WeakSet
 from portico.bell import Bell
 from portico.counts import CELLS, OF_THE_LIVING, REASONS, Cell, Counts, Totals
 from portico.errors import CountersError
+from portico.processes import birth, is_alive
 
 MAGIC: Final = int.from_bytes(b"portico#", "little")
 LAYOUT: Final = 1
@@ -100,7 +99,7 @@ class _Plate(IntEnum):
     HEARTBEAT = 2
     CLAIMANT_BEGAN = 3
     OWNER_BEGAN = 4
-    """When these processes began, as `_began` says it: their numbers may be others' later."""
+    """When these processes began, as `birth` says it: their numbers may be others' later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,7 @@ class Row:
         self.counters = counters
         self.number = number
         self._plate = counters.plate(number)
-        self._plate[_Plate.OWNER_BEGAN] = _began(os.getpid())
+        self._plate[_Plate.OWNER_BEGAN] = birth(os.getpid())
         self._plate[_Plate.OWNER] = os.getpid()
         self.beat()
 
@@ -371,7 +370,7 @@ class Counters:
                 if not plate[_Plate.CLAIMANT]:
                     plate[_Plate.OWNER] = 0
                     plate[_Plate.HEARTBEAT] = time.monotonic_ns()
-                    plate[_Plate.CLAIMANT_BEGAN] = _began(os.getpid())
+                    plate[_Plate.CLAIMANT_BEGAN] = birth(os.getpid())
                     plate[_Plate.CLAIMANT] = os.getpid()
                     self._memory[_Header.USED] = max(self._memory[_Header.USED], number + 1)
                     return number
@@ -398,7 +397,7 @@ class Counters:
             How many there were.
         """
         with self._locked():
-            rows = [row for row in self._live_rows() if not any(starmap(_is_alive, self._who(row)))]
+            rows = [row for row in self._live_rows() if not any(starmap(is_alive, self._who(row)))]
             for number in rows:
                 self._release(number)
             return len(rows)
@@ -626,39 +625,6 @@ def _fold(source: memoryview[int], target: memoryview[int]) -> None:
         if number:
             target[cell] += number
             source[cell] = 0
-
-
-def _is_alive(process: int, began: int = 0) -> bool:
-    """Say whether a process runs.
-
-    Args:
-        process: Its number; 0 for none.
-        began: What `_began` said of it; 0 if that is not known.
-    """
-    if not process:
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    state, now = _state(process)
-    return state not in {"Z", "X"} and (not began or not now or began == now)
-
-
-def _began(process: int) -> int:
-    """Return when a process began, in ticks after the boot; 0 if it cannot be told."""
-    return _state(process)[1]
-
-
-def _state(process: int) -> tuple[str, int]:
-    """Return the state of a process and when it began, by proc_pid_stat(5)."""
-    with suppress(OSError, ValueError, IndexError):
-        text = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
-        fields = text.rpartition(")")[2].split()  # the name of a program may hold anything
-        return fields[0], int(fields[19])
-    return "", 0
 
 
 def _close_quietly(descriptor: int) -> None:

@@ -7,35 +7,22 @@ are, to `portico.program`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from portico import logs, systemd, target
-from portico.address import Address
 from portico.configuration import ProcessSettings, ServiceSettings
 from portico.console import say
+from portico.counts import Counts
 from portico.errors import SettingError
 from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
-from portico.service import Assignment, Tally
-from portico.settings import Settings, StrPath
+from portico.service import Assignment, Opening, Tally
+from portico.settings import StrPath
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """Where a listener is to be opened.
-
-    Attributes:
-        address: Where.
-        settings: Those of its service.
-    """
-
-    address: Address
-    settings: Settings
 
 
 def expanded(services: Sequence[ServiceSettings]) -> tuple[ServiceSettings, ...]:
@@ -115,9 +102,14 @@ _kept: Final[list[logging.Handler]] = []
 
 
 def forget_logs() -> None:
-    """Take off what `log_kept` has put there, so that the target can arrange its own logs."""
+    """Take off what `log_kept` has put there, and close it: for a child, right after the fork.
+
+    The target can arrange its own logs then; and a file that is moved away, and removed, is gone
+    when those who write to it have opened another.
+    """
     for handler in _kept:
         logging.getLogger().removeHandler(handler)
+        handler.close()
     _kept.clear()
 
 
@@ -156,3 +148,23 @@ def counted(served: int, **others: int) -> str:
     words = [f"{served} request{'s' * (served != 1)} served"]
     words += [f"{count} {name.replace('_', ' ')}" for name, count in others.items() if count]
     return ", ".join(words)
+
+
+def say_counts(at: Mapping[str, Counts]) -> None:
+    """Say what was counted so far, in a line for each address."""
+    for address, each in at.items():
+        say(f"{address}: {described(each)}")
+
+
+def described(counts: Counts) -> str:
+    """Say all that was counted; of what did not happen only what would be missed."""
+    served = f"{counts.finished + counts.failed + counts.peer_gone} served"
+    if counts.failed:
+        served += f" ({counts.failed} failed)"
+    words = [f"{counts.accepted} accepted", served]
+    refused = [f"{number} {reason}" for reason, number in counts.refused_by.items() if number]
+    if refused:
+        words.append(f"{counts.refused} refused ({', '.join(refused)})")
+    others = {"cut off": counts.cut_off, "lost": counts.lost, "open": counts.active}
+    words += [f"{number} {name}" for name, number in others.items() if number]
+    return f"{', '.join(words)}; {counts.received} bytes received, {counts.sent} sent"

@@ -5,6 +5,9 @@ ends.  Leaves when there is to be another one to `portico.reloader`.
 
 The program is imported here, and never in the parent, so that each edition has the code that is
 there when it starts.
+
+It ends when its parent has gone, however that ended: it would keep the addresses, and nobody would
+know of it.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from portico import privileges
 from portico.changes import folders_of, places_of
@@ -28,13 +32,22 @@ from portico.configuration import Configuration, ServiceSettings
 from portico.console import say
 from portico.duty import assign, logged, report
 from portico.errors import PorticoError
+from portico.handover import said_end
 from portico.listener import OpenListener
-from portico.service import Service, raise_descriptor_limit
-from portico.worker import leave
+from portico.service import STOP_PATIENCE, Service, raise_descriptor_limit
+from portico.signals import do_nothing
+from portico.worker import FAILED, leave
 
 LONGEST_DRAIN: Final = 1.0
 """Seconds that open connections have to finish in, whatever the settings say: somebody waits to see
 what became of the edit."""
+
+END_PATIENCE: Final = LONGEST_DRAIN + STOP_PATIENCE + 1.0
+"""Seconds until a process that was told to end is ended, whatever it does."""
+
+OF_THE_PARENT: Final = (signal.SIGINT, signal.SIGHUP)
+"""Signals of the terminal, which sends them to all processes: the parent hears them, and sends
+SIGTERM."""
 
 
 class Edition:
@@ -56,10 +69,18 @@ class Edition:
         self._status: int | None = None
         self._reported = b""
         self._reader, writer = os.pipe()
-        self.process = os.fork()
+        # Nothing is ever written: the child reads its end when nobody has this one any more.
+        parent, self._life = os.pipe()
+        try:
+            self.process = os.fork()
+        except OSError:
+            for each in (self._reader, writer, parent, self._life):
+                os.close(each)
+            raise
         if self.process == 0:
-            _live(configuration, services, listeners, writer)
+            _live(configuration, services, listeners, Pipes(writer, parent, self._life))
         os.close(writer)
+        os.close(parent)
         os.set_blocking(self._reader, False)
 
     def fileno(self) -> int:
@@ -86,36 +107,48 @@ class Edition:
         if self._status is None:
             found, status = os.waitpid(self.process, os.WNOHANG)
             if found:
-                self._status = os.waitstatus_to_exitcode(status)
+                self._status = status
         return self._status is not None
 
     def end(self) -> str:
         """Tidy up after it, and say how it has ended."""
         os.close(self._reader)
-        status = self._status or 0
-        if status < 0:
-            return f"the server was ended by {signal.Signals(-status).name}"
-        return f"the server has ended with status {status}"
+        os.close(self._life)
+        return f"the server {said_end(self._status or 0)}"
 
 
 # --- in the child -----------------------------------------------------------------------
+
+
+class Pipes(NamedTuple):
+    """What a child has of its parent.
+
+    Attributes:
+        writer: Where it writes what it has to report.
+        parent: What ends when the parent has gone.
+        life: The parent's end of that.
+    """
+
+    writer: int
+    parent: int
+    life: int
 
 
 def _live(
     configuration: Configuration,
     services: Sequence[ServiceSettings],
     listeners: Sequence[OpenListener],
-    writer: int,
+    pipes: Pipes,
 ) -> NoReturn:
     """Be the child: serve, and end the process."""
-    status = 1
+    status = FAILED
     try:
-        signal.set_wakeup_fd(-1)  # the parent's
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # SIGINT stays blocked: Ctrl-C at the terminal is for the parent, which sends SIGTERM.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        _serve(configuration, services, listeners, writer)
+        os.close(pipes.life)
+        _settle_signals()
+        threading.Thread(
+            target=_end_after, args=(pipes.parent,), name="parent's ear", daemon=True
+        ).start()
+        _serve(configuration, services, listeners, pipes.writer)
         status = 0
     except PorticoError as error:
         say(f"error: {' '.join(str(error).split())}")
@@ -124,6 +157,27 @@ def _live(
         traceback.print_exc()
     finally:
         leave(status)
+
+
+def _settle_signals() -> None:
+    """Hear SIGTERM, and nothing that is for the parent."""
+    signal.set_wakeup_fd(-1)  # the parent's
+    for number in OF_THE_PARENT:
+        # A handler that does nothing, since programs that are started here would inherit SIG_IGN.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, do_nothing)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*OF_THE_PARENT, signal.SIGTERM})
+
+
+def _end_after(parent: int) -> None:
+    """Drain and end once the parent has gone; in a thread, since the main one serves."""
+    os.read(parent, 1)
+    say(f"process {os.getpid()} has lost the one that watches its files, and ends")
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(END_PATIENCE)
+    leave(FAILED)  # a handler holds the main thread
 
 
 def _serve(
@@ -152,7 +206,7 @@ def _serve(
     _report_folders(writer)
     lent = [each.lend() for each in listeners]
     with logged(process), Service(assignments, lent) as serving:
-        with serving.stopped_by_signals():
+        with serving.stopped_by_signals([signal.SIGTERM]):
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()

@@ -249,8 +249,10 @@ class TCPServer(BaseServer):
         try:
             request.close()
         finally:
+            # What `note_closed` does, without a call: every connection ends here.
             if connection is not None and connection.gate is not None:
-                guard.note_closed(connection)
+                gate, connection.gate = connection.gate, None
+                gate.leave(connection.client_address, connection.peer)
 
 
 class UDPServer(TCPServer):

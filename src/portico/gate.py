@@ -106,17 +106,19 @@ class Gate:
         self._settle()
         return refusal
 
-    def admit_all(self, client_addresses: Iterable[Any], now: float) -> list[RefusalReason | None]:
+    def admit_all(
+        self, taken: Iterable[tuple[object, Any]], now: float
+    ) -> list[RefusalReason | None]:
         """Do for several connections what `admit` does for one.
 
         Args:
-            client_addresses: What accept(2) told of each.
+            taken: What accept(2) brought: a connection and its client address each.
             now: The instant, by `time.monotonic`.
         """
         decide = self.places.decide
         with self._lock:
             self._take_back()
-            refusals = [decide(client_address, now) for client_address in client_addresses]
+            refusals = [decide(client_address, now) for _, client_address in taken]
         self._settle()
         return refusals
 
@@ -178,10 +180,10 @@ class Gate:
 
     def _take_back(self) -> None:
         """Take the places back of those that have left; with the lock."""
-        left = self._left
+        left, leave = self._left, self.places.leave
         while left:
             client_address, peer = left.popleft()
-            self.places.leave(client_address)
+            leave(client_address)
             if peer is not None and self._peers is not None:
                 self._peers.leave(peer)
             if self._is_awaited:

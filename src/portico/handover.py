@@ -77,6 +77,9 @@ class Heirloom:
             )
             family = socket.AddressFamily(bound.family)
             place = Place(address, family, bound.getsockname(), is_both)
+            # A socket made of a descriptor believes that it waits.  A copy of it would have that be
+            # so, for every process that accepts from this listener.
+            bound.setblocking(bound.type != socket.SOCK_STREAM)
         except OSError as error:
             reason = f"descriptor {self.descriptor} is no listener for {address}: {error.strerror}"
             raise HandoverError(f"{VARIABLE}: {reason}") from error

@@ -16,7 +16,7 @@ from portico.configuration import Configuration, ServiceSettings
 from portico.layers import Values
 from portico.notation import NONE, NOTATIONS, OF_PROCESS, OF_SERVICE, in_toml
 from portico.settings_file import SERVICES
-from portico.sources import Reading
+from portico.sources import SourcedConfiguration
 
 WIDTH: Final = 56
 """Letters of a value that pushes the origins of the others to the right; of no longer one."""
@@ -25,7 +25,7 @@ ALWAYS: Final = frozenset({"workers", "target", "addresses", "engine"})
 """What is shown even if it is a default: it says what would run."""
 
 
-def outline(reading: Reading, *, with_defaults: bool = False) -> Iterator[str]:
+def outline(reading: SourcedConfiguration, *, with_defaults: bool = False) -> Iterator[str]:
     """Yield the lines.
 
     Args:

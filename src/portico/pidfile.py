@@ -2,15 +2,12 @@
 
 Owns the file: that there is one process for it, and that it goes when its process does.  Leaves to
 the program when there is one, and to whom it is handed over.
-
-Source: proc_pid_stat(5) (``starttime``, in clock ticks after the boot).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +15,7 @@ from typing import Final, Self
 
 from portico.errors import PorticoError
 from portico.exclusion import alone_in
+from portico.processes import command, is_alive, start_time
 
 MODE: Final = 0o644
 """Everybody may read the number, and only the owner change it."""
@@ -77,6 +75,13 @@ class PidFile:
             with suppress(OSError), alone_in(self._path.parent):
                 if _read(self._path) == self._process:
                     self._remove(self._path)
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor, and leave the file: for a child, whose it is not.
+
+        Callable again.
+        """
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -103,8 +108,8 @@ class PidFile:
             return
         if found == os.getpid() and self._predecessor is not None:
             return  # handed over already
-        if found is not None and _is_alive(found, path):
-            raise _failure(path, f"process {found} ({_command(found)}) has it, and is alive")
+        if found is not None and _has_written(found, path):
+            raise _failure(path, f"process {found} ({command(found)}) has it, and is alive")
         self._make(path)
 
     def _make(self, path: Path) -> None:
@@ -167,37 +172,15 @@ def _read(path: Path) -> int | None:
     return int(text)
 
 
-def _is_alive(pid: int, path: Path) -> bool:
+def _has_written(pid: int, path: Path) -> bool:
     """Say whether the process lives that wrote its number into a file."""
     if pid == os.getpid():  # the number of one before, in a container as a rule
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not is_alive(pid):
         return False
-    except OSError:  # somebody else's
-        pass
-    began = _start_time(pid)
+    began = start_time(pid)
     # The number is another process's by now if that one began after the file was written.
     return began is None or began <= path.lstat().st_mtime + CLOCK_SLACK
-
-
-def _start_time(pid: int) -> float | None:
-    """Return the time of day at which a process began; ``None`` if it cannot be told."""
-    with suppress(OSError, ValueError, IndexError):
-        # After the last parenthesis, since the name of a program may hold anything.
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-        ticks = int(fields[19])
-        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-        return time.time() - since_boot + ticks / os.sysconf("SC_CLK_TCK")
-    return None
-
-
-def _command(pid: int) -> str:
-    """Return the name of the program of a process."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
-    return "unknown"
 
 
 def _failure(path: Path, reason: str) -> PidFileError:

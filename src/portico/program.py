@@ -21,7 +21,7 @@ from portico import privileges
 from portico.announcement import Announcement, failure_told, ready_on
 from portico.configuration import Configuration
 from portico.console import say
-from portico.duty import assign, expanded, logged, openings, report
+from portico.duty import assign, expanded, logged, openings, report, say_counts
 from portico.errors import PorticoError
 from portico.handover import Heir, Heritage, inherit, start_heir
 from portico.listeners import Listeners
@@ -127,6 +127,7 @@ class Soloist:
                         self._notifier.ready(ready_on(serving.addresses))
                     case signal.SIGUSR1:
                         _reopen()
+                        say_counts(serving.counts())
                     case _:
                         self._hand_over(serving, pairs, pid_file)
 

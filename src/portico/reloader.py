@@ -24,27 +24,25 @@ from portico.changes import Watch, folder_of, outermost, placed, require_watchfi
 from portico.configuration import Configuration
 from portico.console import say
 from portico.duty import expanded, openings
-from portico.edition import LONGEST_DRAIN, Edition
+from portico.edition import END_PATIENCE, Edition
 from portico.errors import ListenerError, PorticoError
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.pidfile import PidFile
-from portico.service import STOP_PATIENCE
-
-END_PATIENCE: Final = LONGEST_DRAIN + STOP_PATIENCE + 1.0
-"""Seconds until a child that was told to end is killed."""
+from portico.settings import Auto
 
 WAITING: Final = "waiting for a change"
 
-STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
+STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end it; the last is that of a terminal which is closed."""
 
 Files: TypeAlias = Callable[[], Iterable[str | os.PathLike[str]]]
 
 
 def run(load: Callable[[], Configuration], files: Files = tuple) -> None:
-    """Serve until SIGINT or SIGTERM, in the main thread; anew when a file changes.
+    """Serve until SIGINT, SIGTERM or SIGHUP, in the main thread; anew when a file changes.
 
-    Serves in one process, whatever `ProcessSettings.workers` says.
+    Serves in one process, whatever `ProcessSettings.workers` says; that is said.
 
     Args:
         load: Reads the configuration; called again for each start.
@@ -52,7 +50,7 @@ def run(load: Callable[[], Configuration], files: Files = tuple) -> None:
 
     Raises:
         PorticoError: What was asked cannot be done at the first start, or there is no watching any
-            more.  What is wrong at a later start is said, and the next change waited for.
+            more.  Whatever is wrong at a later start is said, and the next change waited for.
     """
     require_watchfiles()
     configuration = load()
@@ -81,6 +79,7 @@ class Reloader:
         self._folders: set[Path] = set()
         self._child: Edition | None = None
         self._stops = 0
+        self._workers: int | Auto | None = None  # as they were set when it was said
         self._wakeup = Wakeup()
 
     def run(self, configuration: Configuration) -> None:
@@ -115,13 +114,14 @@ class Reloader:
         try:
             configuration = self._load()
             self._prepare(configuration)
-        except PorticoError as error:
-            say(f"error: {' '.join(str(error).split())}; {WAITING}")
+        except Exception as error:  # whatever it is, the next change may mend it
+            say(f"error: {_said(error)}; {WAITING}")
             return None
         return configuration
 
     def _prepare(self, configuration: Configuration) -> None:
         """Open the listeners of a configuration, and watch its files."""
+        self._say_workers(configuration.process.workers)
         privileges.find(configuration.process.user, configuration.process.group)
         self._gather(configuration)
         self._folders |= {folder_of(each.target) for each in configuration.services}
@@ -131,6 +131,12 @@ class Reloader:
             named = [path for path in (own.cert, own.key, own.client_ca) if path is not None]
             self._files |= {placed(path) for path in named}
         self._watch()
+
+    def _say_workers(self, workers: int | Auto | None) -> None:
+        """Say that there is one process, whenever more are asked for."""
+        if workers not in {None, self._workers}:
+            say(f"--reload serves in one process, and leaves workers={workers} aside")
+        self._workers = workers
 
     def _gather(self, configuration: Configuration) -> None:
         """Have the listeners that a configuration needs, and no others."""
@@ -228,12 +234,21 @@ class Reloader:
             self._stops += number != signal.SIGCHLD
             self._wakeup.wake()
 
-        before = {number: signal.signal(number, note) for number in (*STOPPING, signal.SIGCHLD)}
+        heard = [*STOPPING, signal.SIGCHLD]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup arranges it
+            heard.remove(signal.SIGHUP)
+        before = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _said(error: Exception) -> str:
+    """Return the words of an error in one line; of one that is not ours, its name as well."""
+    words = " ".join(str(error).split())
+    return words if isinstance(error, PorticoError) else f"{type(error).__name__}: {words}"
 
 
 def _short(path: str) -> str:

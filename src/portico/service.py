@@ -15,18 +15,19 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
 from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
-from portico.counters import Counters, Row
+from portico.counters import Counters, Row, Station
+from portico.counts import Counts
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
@@ -66,6 +67,13 @@ STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
+
+LONGEST_PAUSE: Final = 3600.0
+"""Seconds of one wait at the most; then it waits again.  poll(2) counts milliseconds in an ``int``,
+which are 24 days."""
+
+LONGEST_ALARM: Final = 1e9
+"""Seconds, 31 years, that no drain outlasts, and for which the system still sets an alarm."""
 
 POLL_INTERVAL: Final = 0.5
 """Seconds between two rounds of an idle loop that has something to do in each."""
@@ -201,6 +209,7 @@ class Service:
         self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
         self._servers: list[AdoptingMixIn] = []
         self._counters: list[Counter] = []
+        self._stations: dict[str, Station] = {}
         self._is_running = False
         self._is_in_loop = False
         self._is_stopping = False
@@ -217,7 +226,8 @@ class Service:
             names = station_names(listeners)
             cells = Row(Counters.private(names), 0) if row is None else row
             for assignment, opened, name in zip(assignments, listeners, names, strict=True):
-                own, station = assignment.settings, cells.station(name)
+                own = assignment.settings
+                station = self._stations[name] = cells.station(name)
                 settled = own.resolved(limit, share)
                 places = None
                 if row is not None and settled.max_connections is not None:
@@ -246,6 +256,11 @@ class Service:
     def addresses(self) -> list[BoundAddress]:
         """The addresses that were bound, with the ports that the system chose."""
         return [server.address for server in self._servers]
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._is_stopping
 
     @property
     def drain_timeout(self) -> float | None:
@@ -284,6 +299,13 @@ class Service:
     def servers(self) -> Sequence[AdoptingMixIn]:
         """The servers, in the order of their assignments."""
         return self._servers
+
+    def counts(self) -> dict[str, Counts]:
+        """Return what this process has counted so far, by the address.  Callable from any thread.
+
+        A second server of an address has a number behind it.
+        """
+        return {name: each.counts for name, each in self._stations.items()}
 
     def reload_certificates(self) -> bool:
         """Read the certificates and keys again; say whether all of them are in use now.
@@ -326,12 +348,19 @@ class Service:
         self._closing.close()
 
     @contextmanager
-    def stopped_by_signals(self, numbers: Iterable[int] = STOP_SIGNALS) -> Generator[None]:
+    def stopped_by_signals(
+        self, numbers: Iterable[int] = STOP_SIGNALS, *, at_once: Collection[int] = ()
+    ) -> Generator[None]:
         """Stop at these signals while the block runs; in the main thread.
 
         The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
         thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
         not ended `STOP_PATIENCE` seconds after the time of the drain.
+
+        Args:
+            numbers: Which.
+            at_once: The only signals that end at once, for a process that may be told to drain
+                more often; empty for the second of any.
         """
         process = os.getpid()
         timeout = self._drain_timeout
@@ -346,17 +375,20 @@ class Service:
             if os.getpid() != process:  # a child, which has inherited this and is to end
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            elif self._is_stopping:
-                self._interrupt(number)
-            else:
+                return
+            is_first = not self._is_stopping
+            if is_first:
                 if timeout is not None:
                     # An alarm, and not a thread that waits, because a signal handler may come in
                     # between any two steps of starting one.
                     catch(signal.SIGALRM)
-                    alarm = signal.setitimer(signal.ITIMER_REAL, timeout + STOP_PATIENCE)
+                    seconds = min(timeout + STOP_PATIENCE, LONGEST_ALARM)
+                    alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
                 self.stop()
+            if number in {*at_once, signal.SIGALRM} or not (is_first or at_once):
+                self._interrupt(number)
 
-        for number in numbers:
+        for number in (*numbers, *at_once):
             catch(number)
         try:
             yield
@@ -367,7 +399,7 @@ class Service:
                 signal.signal(number, handler)
 
     def _interrupt(self, number: int) -> None:
-        """Interrupt the main thread, at the second signal or when the time of its loop is over."""
+        """Interrupt the main thread, if it is to end at once or the time of its loop is over."""
         if number == signal.SIGALRM:
             if self._is_in_loop:
                 raise KeyboardInterrupt
@@ -485,21 +517,20 @@ def serve(
             return service.run()
 
 
-class Opening(Protocol):
-    """What says where a listener is to be opened, such as an `Assignment`."""
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Where a listener is to be opened, before anybody knows by whom it is served.
 
-    @property
-    def address(self) -> Address:
-        """Where."""
-        ...
+    Attributes:
+        address: Where.
+        settings: Its backlog, and who may use the file of a Unix socket.
+    """
 
-    @property
-    def settings(self) -> Settings:
-        """Its backlog, and who may use the file of a Unix socket."""
-        ...
+    address: Address
+    settings: Settings
 
 
-def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
+def open_listeners(openings: Sequence[Opening | Assignment]) -> list[OpenListener]:
     """Open a listener for each of several openings, or none.
 
     Raises:
@@ -670,8 +701,8 @@ def _wait_until(is_so: Callable[[], bool], wakeup: Wakeup, deadline: float = inf
     poll = select.poll()  # and not select(2), since descriptors may be many
     poll.register(wakeup, select.POLLIN)
     while not is_so() and (remaining := deadline - time.monotonic()) > 0:
-        pause = min(remaining, SIGNAL_INTERVAL) if wakeup.misses_signals else remaining
-        poll.poll(None if pause == inf else ceil(pause * 1000))
+        pause = min(remaining, SIGNAL_INTERVAL if wakeup.misses_signals else LONGEST_PAUSE)
+        poll.poll(ceil(pause * 1000))
         wakeup.clear()
 
 

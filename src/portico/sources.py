@@ -47,7 +47,7 @@ class ConfigurationError(PorticoError):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class SourcedConfiguration:
     """What the sources say.
 
     Attributes:
@@ -90,7 +90,7 @@ class Sources:
     options: Layer = field(default_factory=Layer)
     services: Sequence[str] = ()
 
-    def read(self) -> Reading:
+    def read(self) -> SourcedConfiguration:
         """Ask all of them, anew each time.
 
         Raises:
@@ -114,7 +114,7 @@ class Sources:
             _service(name, values, places.get(name) or self._place(file))
             for name, values in merged.services.items()
         )
-        return Reading(Configuration(process=process, services=services), merged, file)
+        return SourcedConfiguration(Configuration(process=process, services=services), merged, file)
 
     def _place(self, file: SettingsFile | None) -> str:
         """Say where a service stands that has no table; nothing if that is no file."""

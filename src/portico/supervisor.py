@@ -24,7 +24,7 @@ from portico import privileges
 from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
-from portico.duty import counted, expanded, log_kept, openings
+from portico.duty import counted, described, expanded, log_kept, openings, say_counts
 from portico.errors import CountersError, PorticoError
 from portico.handover import LONGEST_WAIT, Heir, Heritage, start_heir
 from portico.listeners import Listeners
@@ -158,7 +158,9 @@ class Supervisor:
         if self._heir is not None and self._heir.is_serving:
             say(f"has handed over after {seconds:.1f} s")
             return
-        counts = self._counters.totals().sum
+        totals = self._counters.totals()
+        say_counts(totals.at)
+        counts = totals.sum
         served = counts.finished + counts.failed + counts.peer_gone
         words = counted(served, refused=counts.refused, cut_off=counts.cut_off, lost=counts.lost)
         say(f"stopped after {seconds:.1f} s: {words}")
@@ -260,6 +262,7 @@ class Supervisor:
                 self._reload()
             case signal.SIGUSR1:
                 self._reopen()
+                self._say_counts()
             case signal.SIGUSR2 if self._stop is Stop.NOT:
                 self._hand_over()
             case signal.SIGTTIN if self._stop is Stop.NOT:
@@ -317,6 +320,12 @@ class Supervisor:
         else:
             say("has opened its log again")
         self._workers.reopen_logs()
+
+    def _say_counts(self) -> None:
+        """Say what all workers have counted so far; in sum, where systemd shows it."""
+        totals = self._counters.totals()
+        say_counts(totals.at)
+        self._notifier.status(described(totals.sum))
 
     def _want(self, more: int) -> None:
         """Have so many workers more, in a reload that is under way, too."""
@@ -444,6 +453,7 @@ class Supervisor:
     def _let_go(self) -> None:
         """Close in a child what is the supervisor's."""
         self._signals.close()
+        self._pid_file.close()
         if self._heir is not None:
             self._heir.channel.close()
         if self._heritage is not None:

@@ -42,6 +42,12 @@ from portico.waits import thread_waits_in_read, thread_waits_in_write
 DUMP_SIGNAL: Final = signal.SIGRTMAX - 1
 """Has the interpreter write the stacks of all threads to standard error, whatever runs."""
 
+INTERRUPT_SIGNAL: Final = signal.SIGRTMAX - 2
+"""Ends a worker at once.
+
+Not a second SIGTERM: where that is sent to all processes of a service, as systemd and timeout(1)
+do, a worker gets it from outside and is told to drain by its supervisor as well."""
+
 BEAT_INTERVAL: Final = 2.0
 """Seconds between two signs of life at the most; an idle worker wakes twice as often.
 
@@ -84,17 +90,19 @@ class Post:
     channel: Channel
 
 
-def work(post: Post, let_go: Callable[[], object]) -> NoReturn:
+def work(take_up: Callable[[], Post], let_go: Callable[[], object]) -> NoReturn:
     """Serve until SIGTERM, and end the process; for the child, right after the fork.
 
-    The caller has all signals blocked.
+    The caller has all signals blocked, and does nothing in the child but this: whatever it raised
+    there would have the child go on as a second supervisor.
 
     Args:
-        post: What to do.
+        take_up: Says what to do; may fail.
         let_go: Closes what belongs to the supervisor.
     """
     status = FAILED
     try:
+        post = take_up()
         _settle_signals()
         let_go()
         forget_logs()
@@ -106,12 +114,17 @@ def work(post: Post, let_go: Callable[[], object]) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process at once, but not before what was written is out."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads it
-            stream.flush()
-    os._exit(status)
+    """End the process at once, but not before what was written is out.
+
+    Handlers that still run end with it, and the program's exit handlers do not run.
+    """
+    try:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads it
+                stream.flush()
+    finally:  # a handler of the program's logs may raise anything
+        os._exit(status)
 
 
 def _settle_signals() -> None:
@@ -120,8 +133,8 @@ def _settle_signals() -> None:
     for number in OF_THE_SUPERVISOR:
         # A handler that does nothing, since programs that a worker starts would inherit SIG_IGN.
         signal.signal(number, do_nothing)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+    for ending in (signal.SIGTERM, INTERRUPT_SIGNAL, signal.SIGCHLD):
+        signal.signal(ending, signal.SIG_DFL)
     with suppress(OSError, ValueError):  # there is no standard error
         faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True, chain=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
@@ -166,7 +179,7 @@ class Worker:
         for server in service.servers:
             server.on_left = partial(self._note_left, server)
         unsubscribe = subscribe(self._note_start, ServerStarted)
-        with service.stopped_by_signals([signal.SIGTERM]):
+        with service.stopped_by_signals([signal.SIGTERM], at_once=[INTERRUPT_SIGNAL]):
             try:
                 tallies = service.run()
             finally:
@@ -226,10 +239,20 @@ class Worker:
         Args:
             rest: Which servers nobody else accepts for.
         """
-        if self._service is not None:
-            for number, server in enumerate(self._service.servers):
+        service = self._service
+        if service is not None and not service.is_stopping:
+            for number, server in enumerate(service.servers):
                 server.leaves_rest = number not in rest
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._stop()
+
+    def _stop(self) -> None:
+        """Drain, and end; or end at once, before there is anything to drain.
+
+        By the signal, since what it starts is the main thread's.  It may be on its way from outside
+        already: a second one does nothing, and none is sent that would come when all is done.
+        """
+        if self._service is None or not self._service.is_stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _report(self) -> None:
         """Say where the threads are; or that they only wait for a peer, as they may."""
@@ -254,10 +277,10 @@ class Worker:
         """Drain and end, since the supervisor has gone and nobody else would see to it."""
         say(f"process {os.getpid()} has lost its supervisor, and ends")
         service = self._service
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._stop()
         timeout = None if service is None else service.drain_timeout
         if timeout is not None:
-            threading.Event().wait(timeout + 2 * STOP_PATIENCE)
+            threading.Event().wait(min(timeout + 2 * STOP_PATIENCE, threading.TIMEOUT_MAX))
             leave(FAILED)  # a handler holds the main thread
 
 

@@ -28,7 +28,7 @@ from portico.errors import CountersError
 from portico.handover import said_end
 from portico.listener import OpenListener
 from portico.supervision import Generation, Stage, Worker, note_end, note_ready
-from portico.worker import DUMP_SIGNAL, Post, work
+from portico.worker import DUMP_SIGNAL, INTERRUPT_SIGNAL, Post, work
 
 Change: TypeAlias = Callable[[int, Callable[[Generation], Generation]], None]
 """Exchanges what is known of the generation with a number."""
@@ -73,6 +73,8 @@ class Process:
         state: How it is.
         failure: Why it says that it cannot serve.
         has_left: Whether it has stopped accepting.
+        left_unasked: Whether it was not the supervisor who had it do so, but a signal from outside
+            or its own code.
         is_gone: Whether its end of the channel is closed.
     """
 
@@ -83,6 +85,7 @@ class Process:
     state: Worker
     failure: str = ""
     has_left: bool = False
+    left_unasked: bool = False
     is_gone: bool = False
 
     def __str__(self) -> str:
@@ -156,13 +159,13 @@ class Workers:
         if reason:
             say(f"{process} drains: {reason}")
         if process.channel.send("drain", rest=rest_of(process.reading)):
-            process.state = replace(process.state, stage=Stage.DRAINING, since=time.monotonic())
+            self._enter(process, Stage.DRAINING)
         else:
             self._signal(process, signal.SIGTERM, Stage.DRAINING)
 
     def interrupt(self, number: int) -> None:
-        """Have a worker end at once: for one that drains, the signal is the second."""
-        self._signal(self._find(number), signal.SIGTERM, Stage.INTERRUPTED)
+        """Have a worker end at once."""
+        self._signal(self._find(number), INTERRUPT_SIGNAL, Stage.INTERRUPTED)
 
     def kill(self, number: int, reason: str) -> None:
         """Kill a worker."""
@@ -252,6 +255,10 @@ class Workers:
                 process.failure = str(message.get("reason"))
             case "left":
                 process.has_left = True
+                if state.stage is Stage.READY:
+                    say(f"{process} accepts no more, unasked")
+                    process.left_unasked = True
+                    self._enter(process, Stage.DRAINING)
             case "waits":
                 process.state = replace(state, beat=now, asked=None, asks=0)
             case "stacks" if state.asked is not None:
@@ -276,6 +283,9 @@ class Workers:
         else:
             say(f"{process} {how}")
         reason = process.failure or f"{process} {how}"
+        if process.left_unasked and state.stage is Stage.DRAINING:
+            # It is judged as one that crashed: those that always leave are not started ceaselessly.
+            state = replace(state, stage=Stage.READY)
         self._change(state.generation, lambda each: note_end(each, state, now, reason))
 
     # --- inside ----------------------------------------------------------------------------
@@ -283,14 +293,23 @@ class Workers:
     def _find(self, number: int) -> Process:
         return next(each for each in self._processes if each.state.number == number)
 
+    def _enter(self, process: Process, stage: Stage) -> None:
+        """Note in what stage a worker is from now on."""
+        process.state = replace(process.state, stage=stage, since=time.monotonic(), asked=None)
+
     def _signal(self, process: Process, number: int, stage: Stage) -> None:
         """Send a worker a signal, and note in what stage it is from then on."""
-        process.state = replace(process.state, stage=stage, since=time.monotonic(), asked=None)
+        self._enter(process, stage)
         with suppress(ProcessLookupError):
             os.kill(process.pid, number)
 
     def _fork(self, reading: Reading, state: Worker, row: int, count: int) -> None:
         ours, theirs = Channel.pair()
+
+        def take_up() -> Post:
+            lent = tuple(each.lend() for each in reading.listeners)
+            return Post(reading.configuration, lent, self.counters, row, count, theirs)
+
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()  # or the child would write it again
@@ -300,9 +319,7 @@ class Workers:
             try:
                 pid = os.fork()
                 if pid == 0:
-                    lent = tuple(each.lend() for each in reading.listeners)
-                    post = Post(reading.configuration, lent, self.counters, row, count, theirs)
-                    work(post, lambda: self._close_in_child(ours))
+                    work(take_up, lambda: self._close_in_child(ours))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         except BaseException:

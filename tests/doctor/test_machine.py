@@ -16,7 +16,7 @@ from portico.configuration import ProcessSettings
 from portico.doctor import capacity, network
 from portico.doctor.facts import Ceiling, Facts
 from portico.doctor.findings import Severity
-from portico.doctor.machine import read_account, read_kernel, read_limits, read_packages
+from portico.doctor.machine import read_account, read_allowance, read_kernel, read_packages
 from tests.doctor.test_rules import configured, only
 from tests.support import PATIENCE, in_child
 
@@ -63,7 +63,7 @@ for somaxconn, ports in (("4096", "32768 60999"), ("16", "60000 60100")):
 def test_a_lowered_limit_of_descriptors_is_found(hard: int, severity: Severity) -> None:
     def look() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        facts = Facts(limits=read_limits())
+        facts = Facts(allowance=read_allowance())
         only(capacity.descriptors(facts, configured(max_connections=300)), severity)
 
     assert in_child(look) == 0
@@ -76,9 +76,11 @@ def test_a_lowered_limit_of_tasks_is_found() -> None:
     def look() -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))
         configuration = configured(max_connections=300)
-        assert all("RLIMIT_NPROC" not in each.source for each in read_limits().tasks)
+        assert all("RLIMIT_NPROC" not in each.source for each in read_allowance().tasks)
         os.setuid(65_533)
-        found = only(capacity.tasks(Facts(limits=read_limits()), configuration), Severity.FAIL)
+        found = only(
+            capacity.tasks(Facts(allowance=read_allowance()), configuration), Severity.FAIL
+        )
         assert "RLIMIT_NPROC" in found.found
 
     assert in_child(look) == 0
@@ -89,7 +91,7 @@ def test_the_processors_are_those_that_the_process_may_use() -> None:
 
     def look() -> None:
         os.sched_setaffinity(0, {one})
-        assert read_limits().processors == 1
+        assert read_allowance().processors == 1
 
     assert in_child(look) == 0
 
@@ -118,7 +120,7 @@ def test_connections_in_time_wait_are_counted() -> None:
 
 
 def test_a_system_that_tells_nothing_is_unknown(tmp_path: Path) -> None:
-    kernel, limits = read_kernel(tmp_path), read_limits(tmp_path)
+    kernel, limits = read_kernel(tmp_path), read_allowance(tmp_path)
     assert (kernel.somaxconn, kernel.syncookies, kernel.ephemeral_ports) == (None, None, None)
     assert (kernel.release, kernel.time_wait, kernel.conntrack) == (None, None, None)
     assert (limits.memory, limits.quota) == (None, None)
@@ -144,7 +146,7 @@ def test_everything_is_read_from_its_file(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    kernel, limits = read_kernel(tmp_path), read_limits(tmp_path)
+    kernel, limits = read_kernel(tmp_path), read_allowance(tmp_path)
     assert (kernel.release, kernel.somaxconn, kernel.max_syn_backlog) == ((4, 4), 128, 64)
     assert (kernel.syncookies, kernel.time_wait, kernel.time_wait_reuse) == (False, 77, 2)
     assert kernel.ephemeral_ports == (1024, 2000)
@@ -164,7 +166,7 @@ def test_a_group_with_less_memory_than_the_machine_counts(tmp_path: Path) -> Non
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    memory = read_limits(tmp_path).memory
+    memory = read_allowance(tmp_path).memory
     assert memory is not None
     assert memory.most == 1 << 20
 

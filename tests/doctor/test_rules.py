@@ -13,14 +13,14 @@ from portico.configuration import Configuration, ProcessSettings, ServiceSetting
 from portico.doctor import RULES, judge
 from portico.doctor.facts import (
     Account,
+    AddressFacts,
+    Allowance,
     Ceiling,
     Certificate,
     Facts,
     Kernel,
-    Limits,
     Occupancy,
     Papers,
-    PlaceFacts,
     Stall,
     TargetFacts,
     Trial,
@@ -61,8 +61,8 @@ def only(findings: Iterator[Finding], severity: Severity) -> Finding:
 def test_whatever_is_wrong_has_a_remedy() -> None:
     facts = Facts(
         kernel=Kernel(somaxconn=5, ephemeral_ports=(9000, 9100), conntrack=Ceiling(10, 9)),
-        limits=Limits(descriptors=100, processors=1, tasks=(Ceiling(10),)),
-        places=(PlaceFacts(parse("tcp://127.0.0.1:9000"), Occupancy.REFUSED, "in use"),),
+        allowance=Allowance(descriptors=100, processors=1, tasks=(Ceiling(10),)),
+        addresses=(AddressFacts(parse("tcp://127.0.0.1:9000"), Occupancy.REFUSED, "in use"),),
         targets={TARGET: TargetFacts(problem="no such module")},
     )
     findings = list(judge(facts, configured(max_connections=100)))
@@ -117,14 +117,14 @@ def test_datagrams_have_no_backlog() -> None:
     ],
 )
 def test_an_address_is_as_good_as_it_can_be_had(occupancy: Occupancy, severity: Severity) -> None:
-    facts = Facts(places=(PlaceFacts(parse("unix:/run/a.sock"), occupancy, "why"),))
-    assert said(network.places, facts, configured()) == [severity]
+    facts = Facts(addresses=(AddressFacts(parse("unix:/run/a.sock"), occupancy, "why"),))
+    assert said(network.addresses, facts, configured()) == [severity]
 
 
 def test_an_address_that_is_given_twice_cannot_be_had_twice() -> None:
     twice = configured("tcp://:9000", "tcp://:9000")
-    assert "given twice" in only(network.places(Facts(), twice), FAIL).found
-    assert said(network.places, Facts(), configured("tcp://:0", "tcp://:0")) == []
+    assert "given twice" in only(network.addresses(Facts(), twice), FAIL).found
+    assert said(network.addresses, Facts(), configured("tcp://:0", "tcp://:0")) == []
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_port_that_clients_are_given_may_be_taken_when_the_service_starts() ->
 def test_the_firewall_remembers_every_connection(
     table: Ceiling | None, expected: list[Severity]
 ) -> None:
-    facts = Facts(kernel=Kernel(conntrack=table), limits=Limits(descriptors=20_000))
+    facts = Facts(kernel=Kernel(conntrack=table), allowance=Allowance(descriptors=20_000))
     assert said(network.conntrack, facts, configured(max_connections=5000)) == expected
 
 
@@ -189,7 +189,7 @@ def test_without_tcp_info_it_is_known_less_exactly_who_is_idle() -> None:
 
 
 def test_more_connections_than_descriptors_fail() -> None:
-    facts = Facts(limits=Limits(descriptors=1024))
+    facts = Facts(allowance=Allowance(descriptors=1024))
     crowded = configured("tcp://:9000", "tcp://:9001", max_connections=1000)
     found = only(capacity.descriptors(facts, crowded), FAIL)
     assert "2032" in found.wanted
@@ -198,21 +198,23 @@ def test_more_connections_than_descriptors_fail() -> None:
 
 
 def test_auto_is_never_more_than_there_are_descriptors_for_but_may_be_few() -> None:
-    assert said(capacity.descriptors, Facts(limits=Limits(descriptors=20_000)), configured()) == [
-        OK
-    ]
-    few = only(capacity.descriptors(Facts(limits=Limits(descriptors=128)), configured()), WARN)
+    assert said(
+        capacity.descriptors, Facts(allowance=Allowance(descriptors=20_000)), configured()
+    ) == [OK]
+    few = only(
+        capacity.descriptors(Facts(allowance=Allowance(descriptors=128)), configured()), WARN
+    )
     assert "96 connections" in few.found
 
 
 def test_without_a_limit_of_connections_the_descriptors_end_first() -> None:
-    facts = Facts(limits=Limits(descriptors=1024))
+    facts = Facts(allowance=Allowance(descriptors=1024))
     assert WARN in said(capacity.descriptors, facts, configured(max_connections=None))
 
 
 @pytest.mark.parametrize("unlimited", [None, -1])
 def test_descriptors_without_a_limit_are_enough(unlimited: int | None) -> None:
-    facts = Facts(limits=Limits(descriptors=unlimited))
+    facts = Facts(allowance=Allowance(descriptors=unlimited))
     assert said(capacity.descriptors, facts, configured(max_connections=10**6)) == []
 
 
@@ -233,8 +235,8 @@ def test_every_engine_needs_room_for_what_it_starts(
     settings: dict[str, Any], workers: int | None, needed: int
 ) -> None:
     configuration = configured(process=ProcessSettings(workers=workers), **settings)
-    enough = Facts(limits=Limits(tasks=(Ceiling(), Ceiling(needed + 7, 7, "pids.max"))))
-    short = Facts(limits=Limits(tasks=(Ceiling(10**6), Ceiling(needed + 6, 7, "pids.max"))))
+    enough = Facts(allowance=Allowance(tasks=(Ceiling(), Ceiling(needed + 7, 7, "pids.max"))))
+    short = Facts(allowance=Allowance(tasks=(Ceiling(10**6), Ceiling(needed + 6, 7, "pids.max"))))
     assert said(capacity.tasks, enough, configuration) == [OK]
     found = only(capacity.tasks(short, configuration), FAIL)
     assert found.wanted.startswith(f"{needed} ")
@@ -242,32 +244,34 @@ def test_every_engine_needs_room_for_what_it_starts(
 
 
 def test_the_serial_engine_starts_nothing() -> None:
-    facts = Facts(limits=Limits(tasks=(Ceiling(1, 1),)))
+    facts = Facts(allowance=Allowance(tasks=(Ceiling(1, 1),)))
     assert said(capacity.tasks, facts, configured(engine="serial")) == []
 
 
 @pytest.mark.parametrize(
     ("workers", "limits", "expected"),
     [
-        (None, Limits(processors=1), OK),
-        (None, Limits(processors=8), OK),
-        (8, Limits(processors=8), OK),
-        (9, Limits(processors=8), WARN),
-        ("auto", Limits(processors=8), OK),
-        ("auto", Limits(processors=8, quota=1.5), WARN),
-        (2, Limits(processors=8, quota=1.5), OK),
-        (3, Limits(processors=8, quota=1.5), WARN),
-        (8, Limits(processors=8, quota=16.0), OK),
+        (None, Allowance(processors=1), OK),
+        (None, Allowance(processors=8), OK),
+        (8, Allowance(processors=8), OK),
+        (9, Allowance(processors=8), WARN),
+        ("auto", Allowance(processors=8), OK),
+        ("auto", Allowance(processors=8, quota=1.5), WARN),
+        (2, Allowance(processors=8, quota=1.5), OK),
+        (3, Allowance(processors=8, quota=1.5), WARN),
+        (8, Allowance(processors=8, quota=16.0), OK),
     ],
 )
-def test_workers_are_as_many_as_can_run(workers: Any, limits: Limits, expected: Severity) -> None:
+def test_workers_are_as_many_as_can_run(
+    workers: Any, limits: Allowance, expected: Severity
+) -> None:
     configuration = configured(process=ProcessSettings(workers=workers))
-    assert said(capacity.processors, Facts(limits=limits), configuration) == [expected]
+    assert said(capacity.processors, Facts(allowance=limits), configuration) == [expected]
 
 
 def test_auto_does_not_know_of_a_quota() -> None:
     configuration = configured(process=ProcessSettings(workers="auto"))
-    facts = Facts(limits=Limits(processors=8, quota=1.5))
+    facts = Facts(allowance=Allowance(processors=8, quota=1.5))
     found = only(capacity.processors(facts, configuration), WARN)
     assert (
         found.found
@@ -279,7 +283,7 @@ def test_auto_does_not_know_of_a_quota() -> None:
 def test_workers_together_need_their_memory() -> None:
     process = ProcessSettings(workers=4, max_worker_memory=300 * MIB)
     short, enough = (
-        Facts(limits=Limits(memory=Ceiling(most * MIB, source="memory.max")))
+        Facts(allowance=Allowance(memory=Ceiling(most * MIB, source="memory.max")))
         for most in (512, 2048)
     )
     found = only(capacity.memory(short, configured(process=process)), WARN)

@@ -1,6 +1,6 @@
 """Say what a machine and the settings really allow, with a remedy: ``portico doctor``.
 
-`examine` collects the facts (`machine`, `cgroups`, `papers`, `places`, `trial`), and the rules
+`examine` collects the facts (`machine`, `cgroups`, `papers`, `occupancy`, `trial`), and the rules
 (`rules`) say what follows from them.  Nothing is changed.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from portico.configuration import Configuration
-from portico.doctor import machine, papers, places, trial
+from portico.doctor import machine, occupancy, papers, trial
 from portico.doctor.facts import Account, Facts, TargetFacts
 from portico.doctor.findings import Finding
 from portico.doctor.rules import Rule, capacity, network, program, tls
@@ -41,14 +41,14 @@ def collect(configuration: Configuration, request: TrialRequest | None = None) -
     found = {each.name: papers.read_papers(each.settings) for each in configuration.services}
     return Facts(
         kernel=machine.read_kernel(),
-        limits=machine.read_limits(),
+        allowance=machine.read_allowance(),
         account=account,
         papers={name: own for name, own in found.items() if own is not None},
-        places=tuple(
-            places.look_at(address)
+        addresses=tuple(
+            occupancy.look_at(address)
             for service in configuration.services
             for address in service.addresses
-            if places.is_known(address)
+            if occupancy.is_known(address)
         ),
         targets=_targets(configuration, request, account),
         packages=machine.read_packages(),
@@ -70,7 +70,7 @@ def _targets(
     schemes: dict[str, list[str]] = {}
     for service in configuration.services:
         own = schemes.setdefault(service.target, [])
-        own += [str(address.scheme) for address in service.addresses if places.is_known(address)]
+        own += [str(address.scheme) for address in service.addresses if occupancy.is_known(address)]
     return {
         name: trial.examine(name, own, request, account=account) for name, own in schemes.items()
     }

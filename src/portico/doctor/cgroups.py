@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from portico.doctor.facts import Ceiling
+from portico.doctor.pseudofiles import number, text
 
 MOUNTS: Final = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
 """Where version 2 is: alone, or beside version 1."""
@@ -33,7 +34,7 @@ class Groups:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._paths: dict[str, str] = {}
-        for line in _text(root / "proc/self/cgroup").splitlines():
+        for line in text(root / "proc/self/cgroup").splitlines():
             _, _, rest = line.partition(":")
             controllers, _, path = rest.partition(":")
             for controller in controllers.split(","):  # version 2 has none, and is ""
@@ -43,13 +44,13 @@ class Groups:
         """Return how many processors' time they may use; ``None`` for no limit."""
         found: list[float] = []
         for folder in self._around(""):
-            words = _text(folder / "cpu.max").split()
+            words = text(folder / "cpu.max").split()
             if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal():
                 found.append(int(words[0]) / int(words[1]))
         for folder in self._around("cpu"):
             quota, period = (
-                _number(folder / "cpu.cfs_quota_us"),
-                _number(folder / "cpu.cfs_period_us"),
+                number(folder / "cpu.cfs_quota_us"),
+                number(folder / "cpu.cfs_period_us"),
             )
             if quota is not None and period and quota > 0:
                 found.append(quota / period)
@@ -75,9 +76,9 @@ class Groups:
 
     def _ceilings(self, controller: str, most: str, used: str) -> Iterator[Ceiling]:
         for folder in self._around(controller):
-            limit = _number(folder / most)
+            limit = number(folder / most)
             if limit is not None and limit < UNLIMITED:
-                yield Ceiling(limit, _number(folder / used) or 0, f"{most} of its control group")
+                yield Ceiling(limit, number(folder / used) or 0, f"{most} of its control group")
 
     def _around(self, controller: str) -> Iterator[Path]:
         """Yield the folders of the groups around this process, the innermost first.
@@ -107,15 +108,3 @@ class Groups:
 
 def _least(ceilings: list[Ceiling]) -> Ceiling | None:
     return min(ceilings, key=lambda each: each.room or 0, default=None)
-
-
-def _text(path: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):
-        return path.read_text()
-    return ""
-
-
-def _number(path: Path) -> int | None:
-    with suppress(ValueError):
-        return int(_text(path))
-    return None

@@ -2,7 +2,7 @@
 
 Owns the names of the facts.  Every one may be unknown (``None``), because a container hides some of
 its machine; a rule says nothing of what is not known.  Leaves reading them to `machine`, `papers`,
-`places` and `probe`.
+`occupancy` and `probe`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Kernel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class Allowance:
     """What this process may have.
 
     Attributes:
@@ -162,7 +162,7 @@ class Occupancy(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class PlaceFacts:
+class AddressFacts:
     """Whether an address can be had, and why not."""
 
     address: Address
@@ -223,18 +223,18 @@ class Facts:
 
     Attributes:
         kernel: The system's settings.
-        limits: What this process may have.
+        allowance: What this process may have.
         account: Whom it becomes; ``None`` if it stays who it is.
         papers: For each service that has a certificate, by its name.
-        places: For each address, in the order of the services.
+        addresses: For each address, in the order of the services.
         targets: By the target.
         packages: Whether a package that portico can use is installed, by its name.
     """
 
     kernel: Kernel = field(default_factory=Kernel)
-    limits: Limits = field(default_factory=Limits)
+    allowance: Allowance = field(default_factory=Allowance)
     account: Account | None = None
     papers: Mapping[str, Papers] = field(default_factory=dict[str, Papers])
-    places: tuple[PlaceFacts, ...] = ()
+    addresses: tuple[AddressFacts, ...] = ()
     targets: Mapping[str, TargetFacts] = field(default_factory=dict[str, TargetFacts])
     packages: Mapping[str, bool] = field(default_factory=dict[str, bool])

@@ -23,7 +23,8 @@ from typing import Final
 from portico import privileges
 from portico.configuration import ProcessSettings
 from portico.doctor.cgroups import Groups
-from portico.doctor.facts import Account, Ceiling, Kernel, Limits
+from portico.doctor.facts import Account, Allowance, Ceiling, Kernel
+from portico.doctor.pseudofiles import number, numbers, text
 from portico.errors import PorticoError
 
 PACKAGES: Final = ("greenlet", "watchfiles")
@@ -40,26 +41,26 @@ def read_kernel(root: Path = Path("/")) -> Kernel:
         root: The folder that stands for ``/``.
     """
     sysctl = root / "proc/sys"
-    ports = _numbers(sysctl / "net/ipv4/ip_local_port_range")
-    cookies = _number(sysctl / "net/ipv4/tcp_syncookies")
-    conntrack = _number(sysctl / "net/netfilter/nf_conntrack_max")
-    remembered = _number(sysctl / "net/netfilter/nf_conntrack_count") or 0
+    ports = numbers(sysctl / "net/ipv4/ip_local_port_range")
+    cookies = number(sysctl / "net/ipv4/tcp_syncookies")
+    conntrack = number(sysctl / "net/netfilter/nf_conntrack_max")
+    remembered = number(sysctl / "net/netfilter/nf_conntrack_count") or 0
     return Kernel(
-        release=_release(_text(sysctl / "kernel/osrelease")),
-        somaxconn=_number(sysctl / "net/core/somaxconn"),
-        max_syn_backlog=_number(sysctl / "net/ipv4/tcp_max_syn_backlog"),
+        release=_release(text(sysctl / "kernel/osrelease")),
+        somaxconn=number(sysctl / "net/core/somaxconn"),
+        max_syn_backlog=number(sysctl / "net/ipv4/tcp_max_syn_backlog"),
         syncookies=None if cookies is None else cookies > 0,
         ephemeral_ports=(ports[0], ports[1]) if len(ports) == 2 else None,
-        reserved_ports=_ranges(_text(sysctl / "net/ipv4/ip_local_reserved_ports")),
-        time_wait=_time_wait(_text(root / "proc/net/sockstat")),
-        time_wait_reuse=_number(sysctl / "net/ipv4/tcp_tw_reuse"),
+        reserved_ports=_ranges(text(sysctl / "net/ipv4/ip_local_reserved_ports")),
+        time_wait=_time_wait(text(root / "proc/net/sockstat")),
+        time_wait_reuse=number(sysctl / "net/ipv4/tcp_tw_reuse"),
         conntrack=None if conntrack is None else Ceiling(conntrack, remembered),
         has_exclusive_epoll=hasattr(select, "EPOLLEXCLUSIVE"),
         has_tcp_info=hasattr(socket, "TCP_INFO"),
     )
 
 
-def read_limits(root: Path = Path("/")) -> Limits:
+def read_allowance(root: Path = Path("/")) -> Allowance:
     """Read what this process may have.
 
     Args:
@@ -68,11 +69,11 @@ def read_limits(root: Path = Path("/")) -> Limits:
     groups = Groups(root)
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     memory = groups.memory()
-    total = _memory(_text(root / "proc/meminfo"))
+    total = _memory(text(root / "proc/meminfo"))
     if memory is None or (total is not None and (memory.most or 0) > total):
         memory = None if total is None else Ceiling(total, source="the machine")
     tasks = [groups.tasks(), _of_user(root), _of_machine(root)]
-    return Limits(
+    return Allowance(
         descriptors=descriptors,
         tasks=tuple(each for each in tasks if each is not None),
         processors=len(os.sched_getaffinity(0)),
@@ -108,19 +109,19 @@ def _of_user(root: Path) -> Ceiling | None:
 
 def _of_machine(root: Path) -> Ceiling | None:
     kernel = root / "proc/sys/kernel"
-    limits = [_number(kernel / "threads-max"), _number(kernel / "pid_max")]
+    limits = [number(kernel / "threads-max"), number(kernel / "pid_max")]
     known = [each for each in limits if each is not None]
     if not known:
         return None
-    running = re.search(r"\d+/(\d+)", _text(root / "proc/loadavg"))
+    running = re.search(r"\d+/(\d+)", text(root / "proc/loadavg"))
     return Ceiling(min(known), int(running[1]) if running else 0, "the machine")
 
 
 def _is_exempt(process: Path) -> bool:
     """Say whether a process may exceed the limit of its user: the system's own root, for one."""
-    if os.getuid() == 0 and _numbers(process / "uid_map")[:2] == [0, 0]:
+    if os.getuid() == 0 and numbers(process / "uid_map")[:2] == [0, 0]:
         return True
-    effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", _text(process / "status"), re.MULTILINE)
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", text(process / "status"), re.MULTILINE)
     return effective is not None and bool(int(effective[1], 16) & EXEMPTING)
 
 
@@ -130,7 +131,7 @@ def _tasks_of(user: int, root: Path) -> int:
     for process in (root / "proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             if process.stat().st_uid == user:
-                threads = re.search(r"^Threads:\s*(\d+)$", _text(process / "status"), re.MULTILINE)
+                threads = re.search(r"^Threads:\s*(\d+)$", text(process / "status"), re.MULTILINE)
                 count += int(threads[1]) if threads else 1
     return count
 
@@ -154,20 +155,3 @@ def _ranges(text: str) -> tuple[tuple[int, int], ...]:
     """Read ports such as ``8080,9000-9010``."""
     found = re.findall(r"(\d+)(?:-(\d+))?", text)
     return tuple((int(first), int(last or first)) for first, last in found)
-
-
-def _number(path: Path) -> int | None:
-    numbers = _numbers(path)
-    return numbers[0] if numbers else None
-
-
-def _numbers(path: Path) -> list[int]:
-    with suppress(ValueError):
-        return [int(word) for word in _text(path).split()]
-    return []
-
-
-def _text(path: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):
-        return path.read_text()
-    return ""

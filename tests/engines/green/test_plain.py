@@ -249,6 +249,36 @@ def test_a_handler_is_made_as_its_class_wants_it(
     assert True in taken
 
 
+@pytest.mark.parametrize("name", ["__init__", "setup", "finish"])
+def test_a_hook_that_a_handler_class_gets_later_is_called(name: str, taken: list[bool]) -> None:
+    called: list[tuple[Any, ...]] = []
+
+    class Handler(portico.BaseRequestHandler):
+        def handle(self) -> None:
+            called.append((self.request, self.client_address, self.server))
+            self.request.sendall(b"x")
+
+    with serving(portico.GreenTCPServer, Handler) as server:
+        for _ in range(2):
+            with socket.create_connection(server.server_address, PATIENCE) as client:
+                assert client.recv(10) == b"x"
+                assert client.recv(10) == b""
+        ours = portico.BaseRequestHandler.__dict__[name]
+
+        def hook(self: Any, *arguments: Any) -> None:
+            called.append(("hook", server))
+            ours(self, *arguments)
+
+        setattr(Handler, name, hook)
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(10) == b"x"
+            assert client.recv(10) == b""
+    assert all(each[-1] is server for each in called)
+    assert sum(each[0] == "hook" for each in called) == 1
+    assert len(called) == 4
+    assert True in taken
+
+
 @pytest.mark.parametrize("kind", [portico.GreenTCPServer, portico.TCPServer])
 def test_a_constructor_that_returns_something_fails(
     kind: Any, capsys: pytest.CaptureFixture[str]

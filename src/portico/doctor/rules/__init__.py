@@ -22,7 +22,7 @@ Rule: TypeAlias = Callable[[Facts, Configuration], Iterator[Finding]]
 def resolved(facts: Facts, configuration: Configuration) -> list[ServiceSettings]:
     """Return the services, with a number in the place of each ``auto``, as they would run."""
     count = sum(len(each.addresses) for each in configuration.services)
-    descriptors = -1 if facts.limits.descriptors is None else facts.limits.descriptors
+    descriptors = -1 if facts.allowance.descriptors is None else facts.allowance.descriptors
     return [
         ServiceSettings(
             name=each.name,

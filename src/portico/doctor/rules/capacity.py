@@ -23,7 +23,7 @@ MIB: Final = 1 << 20
 
 def descriptors(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether there are descriptors for all connections that are let in."""
-    limit = facts.limits.descriptors
+    limit = facts.allowance.descriptors
     if limit is None or limit < 0:
         return
     services = resolved(facts, configuration)
@@ -68,7 +68,7 @@ def tasks(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     if not needed:
         return
     ceiling = min(
-        (each for each in facts.limits.tasks if each.room is not None),
+        (each for each in facts.allowance.tasks if each.room is not None),
         key=lambda each: each.room or 0,
         default=Ceiling(),
     )
@@ -107,7 +107,7 @@ def _tasks_of(service: ServiceSettings, processes: int) -> int:
 
 def processors(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether the workers are as many as can run at once."""
-    there, quota = facts.limits.processors, facts.limits.quota
+    there, quota = facts.allowance.processors, facts.allowance.quota
     if there is None:
         return
     allowed = there if quota is None else min(there, max(ceil(quota), 1))
@@ -133,7 +133,7 @@ def processors(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
 
 def memory(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether all workers may be as large as they are allowed to be."""
-    ceiling, each = facts.limits.memory, configuration.process.max_worker_memory
+    ceiling, each = facts.allowance.memory, configuration.process.max_worker_memory
     workers = max(configuration.process.worker_count(), 1)
     if ceiling is None or ceiling.most is None or each is None:
         return

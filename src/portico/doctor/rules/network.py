@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from portico.configuration import Configuration
-from portico.doctor.facts import Facts, Occupancy, PlaceFacts
+from portico.doctor.facts import AddressFacts, Facts, Occupancy
 from portico.doctor.findings import Finding, fail, ok, warn
 from portico.doctor.rules import connections, ports, resolved
 
@@ -49,7 +49,7 @@ def backlog(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
             yield ok("backlog", f"{service.name}: {asked}, of {most} that the kernel would hold")
 
 
-def places(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+def addresses(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether each address can be had, and is asked for once."""
     asked = [str(each) for service in configuration.services for each in service.addresses]
     for address in sorted({each for each in asked if asked.count(each) > 1}):
@@ -60,27 +60,27 @@ def places(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
                 "each address once",
                 "give it to one service",
             )
-    for place in facts.places:
-        yield _of_place(place)
+    for each in facts.addresses:
+        yield _of_address(each)
 
 
-def _of_place(place: PlaceFacts) -> Finding:
-    match place.occupancy:
+def _of_address(facts: AddressFacts) -> Finding:
+    match facts.occupancy:
         case Occupancy.FREE:
-            return ok("address", f"{place.address} can be had")
+            return ok("address", f"{facts.address} can be had")
         case Occupancy.STALE:
-            return ok("address", f"{place.address} is a dead server's file, which is replaced")
+            return ok("address", f"{facts.address} is a dead server's file, which is replaced")
         case Occupancy.OURS:
             return warn(
                 "address",
-                f"a portico has {place.address} ({place.reason})",
+                f"a portico has {facts.address} ({facts.reason})",
                 "nobody there, unless this is the service that is asked about",
                 "stop it before another one is started",
             )
         case Occupancy.REFUSED:
             return fail(
                 "address",
-                place.reason or f"{place.address} cannot be had",
+                facts.reason or f"{facts.address} cannot be had",
                 "an address that can be had",
                 "do what is said there, or choose another address",
             )
@@ -172,4 +172,4 @@ def kernel(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
         yield ok("kernel", f"version {number}")
 
 
-RULES: Final = (backlog, places, ephemeral, conntrack, kernel)
+RULES: Final = (backlog, addresses, ephemeral, conntrack, kernel)

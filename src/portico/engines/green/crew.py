@@ -59,13 +59,12 @@ class Worker(greenlet):
         """What it does."""
 
     # Written out for speed, hence long.
-    def run(  # noqa: C901, PLR0912  # pyright: ignore[reportIncompatibleMethodOverride]  # its way
+    def run(  # noqa: C901, PLR0912, PLR0915  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
     ) -> None:
         """Serve requests until the crew has no use for another worker."""
         crew, hub = self.crew, self.crew.hub
         new: Any = object.__new__
-        closes = crew.closes_plainly
         server, requests = crew.server, crew.requests
         while True:
             served = 0
@@ -75,14 +74,18 @@ class Worker(greenlet):
                     if not is_plain:
                         server.process_request_thread(request, client_address)
                     else:  # what the hooks that nobody has touched would do, see `plain`
-                        kind: Any = (callee := server.RequestHandlerClass)
+                        kind: Any = server.RequestHandlerClass
                         try:
-                            if not closes or type(callee) is not type or kind.__new__ is not new:
+                            if kind is crew.bare:
+                                handler = new(kind)
+                                handler.request = request
+                                handler.client_address = client_address
+                                handler.server = server
+                                handler.handle()
+                            elif kind is crew.stepwise:
+                                step(kind, request, client_address, server)
+                            else:
                                 kind(request, client_address, server)
-                            # What a call of it does, without its part of the stack, which is
-                            # copied at every switch, and kept while the handler waits.
-                            elif kind.__init__(new(kind), request, client_address, server):
-                                raise TypeError(f"{kind.__name__}.__init__() returned a value")
                         except BaseException as error:
                             server._fail(request, client_address, error, None)
                             if not isinstance(error, Exception):
@@ -90,7 +93,7 @@ class Worker(greenlet):
                         else:
                             if crew.is_counted:
                                 crew.note_finished(request, client_address)
-                            elif closes:
+                            elif crew.closes_plainly:
                                 server.shutdown_request(request)
                 except GreenletExit:
                     raise
@@ -110,6 +113,16 @@ class Worker(greenlet):
             if not crew.release(self):
                 return
             hub.switch()
+
+
+def step(kind: Any, request: Request, client_address: ClientAddress, server: Any) -> None:
+    """Do what calling a class does that is made like any other, one step after the other.
+
+    Raises:
+        TypeError: Its constructor returned something, as from calling it.
+    """
+    if kind.__init__(object.__new__(kind), request, client_address, server) is not None:
+        raise TypeError(f"{kind.__name__}.__init__() returned a value")
 
 
 class Dispatcher:
@@ -170,6 +183,11 @@ class Crew:
         """Those that no worker has begun to serve."""
         self.closes_plainly = True
         """Whether what came on the plain path has to be closed: a datagram has not."""
+        self.bare: type | None = None
+        """The handler class on the plain path of which nothing is called but `handle`."""
+        self.stepwise: type | None = None
+        """The one that is called step by step: its part of the stack is copied at every switch, and
+        kept while the handler waits."""
         self.is_counted = False
         """Whether the end of what came on the plain path is counted."""
         self.finished = 0

@@ -7,6 +7,9 @@ whether all of them are portico's own, and nobody listens to the events between 
 module does for the whole batch what they would do; if not, or as soon as anything but a request
 comes, the serving loop and its step do their work as ever.
 
+The same goes for a handler: of one that has nothing but a `handle` of its own, nothing else is
+called.
+
 Owns the list of hooks that are left out.  Whoever changes what one of them does changes it here.
 """
 
@@ -24,6 +27,7 @@ from portico.engines import may_be_left_out
 from portico.engines.green.sockets import NOW, Lineage
 from portico.events import ConnectionAccepted, ConnectionClosed
 from portico.families import TCPServer, UDPServer
+from portico.handlers import BaseRequestHandler
 from portico.server import BaseServer
 
 if TYPE_CHECKING:
@@ -59,6 +63,14 @@ turn each `poll_interval`."""
 AT_THE_END: Final = ("shutdown_request", "close_request")
 """Those that have to be the family's: of a datagram they do nothing, and are left out; of a
 connection they are called, and nobody looks after them whether it is forgotten."""
+
+
+_NEW: Final[Any] = object.__new__
+
+_hooks_of: Final = attrgetter("__init__", "setup", "finish")
+
+_NO_HOOKS: Final = _hooks_of(BaseRequestHandler)
+"""What a handler class has that does nothing around its `handle`."""
 
 
 class PlainPath:
@@ -101,8 +113,16 @@ class PlainPath:
             acceptor: Who asks; a `wake` of it ends the batch.
             most: How many requests to take at the most.
         """
-        self._crew.is_counted = self._server._guard.counter is not None
-        return self._is_plain() and self._take(acceptor, most)
+        if not self._is_plain():
+            return False
+        crew = self._crew
+        crew.is_counted = self._server._guard.counter is not None
+        kind: Any = self._server.RequestHandlerClass
+        is_stepwise = kind.__class__ is type and kind.__new__ is _NEW
+        is_bare = is_stepwise and _hooks_of(kind) == _NO_HOOKS
+        crew.bare = kind if is_bare else None
+        crew.stepwise = kind if is_stepwise and crew.closes_plainly else None
+        return self._take(acceptor, most)
 
     def _is_plain(self) -> bool:
         """Say whether everything that is left out would do what it does here."""
@@ -182,7 +202,7 @@ class PlainPath:
         self, gate: Gate, taken: list[tuple[GreenSocket, ClientAddress]], now: float
     ) -> list[tuple[GreenSocket, ClientAddress]]:
         """Return those that may come in, and end the others."""
-        refusals = gate.admit_all([client_address for _, client_address in taken], now)
+        refusals = gate.admit_all(taken, now)
         if not any(refusals):
             return taken
         admitted: list[tuple[GreenSocket, ClientAddress]] = []

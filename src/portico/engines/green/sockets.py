@@ -740,7 +740,7 @@ class GreenSocketIO(socket.SocketIO):
                     watch.credit = CREDIT
                     watch.reader = watch.owner
                     try:
-                        hub.switch()
+                        hub.poller.pass_on(hub.switch)
                     finally:
                         watch.reader = None
                         if watch.crowd is not None:

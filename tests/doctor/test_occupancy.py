@@ -13,15 +13,15 @@ import pytest
 
 from portico.address import parse
 from portico.doctor import network
-from portico.doctor.facts import Facts, Occupancy, PlaceFacts
+from portico.doctor.facts import AddressFacts, Facts, Occupancy
 from portico.doctor.findings import Severity
-from portico.doctor.places import is_known, look_at
+from portico.doctor.occupancy import is_known, look_at
 from tests.doctor.test_rules import configured, said
 from tests.support import in_child
 
 
-def severity(place: PlaceFacts) -> Severity:
-    (found,) = said(network.places, Facts(places=(place,)), configured())
+def severity(place: AddressFacts) -> Severity:
+    (found,) = said(network.addresses, Facts(addresses=(place,)), configured())
     return found
 
 

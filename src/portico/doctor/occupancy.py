@@ -14,7 +14,7 @@ from typing import Final
 
 from portico.address import Address, InternetAddress, Scheme, UnixAddress
 from portico.diagnosis import explained, is_socket
-from portico.doctor.facts import Occupancy, PlaceFacts
+from portico.doctor.facts import AddressFacts, Occupancy
 from portico.errors import ListenerError
 from portico.holders import Holder, find_holders
 from portico.listener import resolve
@@ -25,12 +25,12 @@ OUR_NAME: Final = "portico"
 """The name of the program that a service of ours runs as."""
 
 
-def look_at(address: Address) -> PlaceFacts:
+def look_at(address: Address) -> AddressFacts:
     """Say whether a listener could be opened at an address."""
     try:
         place = resolve(address)
     except ListenerError as error:
-        return PlaceFacts(address, Occupancy.REFUSED, str(error))
+        return AddressFacts(address, Occupancy.REFUSED, str(error))
     if place.path is not None and is_socket(place.path):
         return _of_file(place, place.path)
     try:
@@ -38,15 +38,15 @@ def look_at(address: Address) -> PlaceFacts:
     except ListenerError as error:
         if error.errno == errno.EADDRINUSE and (held := _held_by_ours(place)) is not None:
             return held
-        return PlaceFacts(address, Occupancy.REFUSED, str(error))
-    return PlaceFacts(address, Occupancy.FREE)
+        return AddressFacts(address, Occupancy.REFUSED, str(error))
+    return AddressFacts(address, Occupancy.FREE)
 
 
-def _of_file(place: Place, path: Path) -> PlaceFacts:
+def _of_file(place: Place, path: Path) -> AddressFacts:
     """Say whose the socket at a path is."""
     address, kind = place.address, place.address.scheme.socket_type
     if is_stale(path, kind):
-        return PlaceFacts(address, Occupancy.STALE)
+        return AddressFacts(address, Occupancy.STALE)
     held = _held_by_ours(place)
     if held is not None:
         return held
@@ -55,16 +55,16 @@ def _of_file(place: Place, path: Path) -> PlaceFacts:
             with explained(place):
                 probe.bind(place.name)  # never succeeds: there is a file
         except ListenerError as error:
-            return PlaceFacts(address, Occupancy.REFUSED, str(error))
-    return PlaceFacts(address, Occupancy.FREE)  # pragma: no cover  # it went away meanwhile
+            return AddressFacts(address, Occupancy.REFUSED, str(error))
+    return AddressFacts(address, Occupancy.FREE)  # pragma: no cover  # it went away meanwhile
 
 
-def _held_by_ours(place: Place) -> PlaceFacts | None:
+def _held_by_ours(place: Place) -> AddressFacts | None:
     holders = find_holders(
         place.family, place.address.scheme.socket_type, place.name, dual_stack=place.dual_stack
     )
     if holders and all(each.command == OUR_NAME for each in holders):
-        return PlaceFacts(place.address, Occupancy.OURS, _named(holders))
+        return AddressFacts(place.address, Occupancy.OURS, _named(holders))
     return None
 
 
