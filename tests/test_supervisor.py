@@ -502,6 +502,47 @@ def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
         program.stop()
 
 
+@pytest.mark.parametrize("workers", [1, None])
+def test_the_pid_file_is_a_successors_whose_predecessor_was_killed_meanwhile(
+    tmp_path: Path, workers: int | None
+) -> None:
+    gate, pid_file = tmp_path / "gate", tmp_path / "pid"
+    slow = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(gate)!r}).exists(): time.sleep(0.01)\n"
+    )
+    with supervised(tmp_path, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
+        program.write(slow + SECOND)
+        program.send(signal.SIGUSR2)
+        heir = int(program.wait_for(r"starts another .* \(process (\d+)\)")[1])
+        program.send(signal.SIGKILL)
+        program.wait_ended()
+        gate.touch()
+        program.wait_ready(0, 2)
+        eventually(lambda: int(pid_file.read_text()) == heir)
+        assert program.ask() == b"second hello\n"
+        program.pid = heir
+        program.stop()
+        assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("workers", [1, None])
+def test_every_successor_has_the_pid_file_open(tmp_path: Path, workers: int | None) -> None:
+    """So it can write there even as a user who may not open it."""
+    pid_file = tmp_path / "pid"
+    with supervised(tmp_path, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
+        for number in range(2):
+            program.send(signal.SIGUSR2)
+            program.pid = int(
+                program.wait_for(r"leaves everything to process (\d+)", number + 1)[1]
+            )
+            assert int(pid_file.read_text()) == program.pid
+            assert open_files(program.pid).count(str(pid_file)) == 1
+        program.stop()
+        assert not pid_file.exists()
+
+
 def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> None:
     with supervised(tmp_path) as program:
         program.wait_ready(2)

@@ -21,8 +21,7 @@ from portico import privileges
 from portico.announcement import Announcement, failure_told, ready_on
 from portico.configuration import Configuration
 from portico.console import say
-from portico.duty import assign, expanded, logged, openings, report, say_counts
-from portico.errors import PorticoError
+from portico.duty import assign, attempt, expanded, logged, openings, report, say_counts
 from portico.handover import Heir, Heritage, inherit, start_heir
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
@@ -84,13 +83,14 @@ class Soloist:
         process = self._configuration.process
         identity = privileges.find(process.user, process.group)
         services = expanded(self._configuration.services)
-        predecessor = None if self._heritage is None else self._heritage.predecessor
+        heritage = self._heritage
+        inherited = (None, None) if heritage is None else (heritage.predecessor, heritage.pid_file)
         raise_descriptor_limit()
         with ExitStack() as closing:
             closing.callback(self._listeners.close)
             wanted = openings(services)
             listeners = self._listeners.gather(wanted)
-            pid_file = closing.enter_context(PidFile(process.pid_file, predecessor))
+            pid_file = closing.enter_context(PidFile(process.pid_file, *inherited))
             privileges.drop(identity)  # and only now does anything of the target's run
             assignments = assign(services)
             closing.enter_context(logged(process))
@@ -99,7 +99,7 @@ class Soloist:
             closing.enter_context(Announcement(self._notifier, serving))
             pairs = [(each.address, own) for each, own in zip(wanted, listeners, strict=True)]
             closing.enter_context(self._obeying(serving, pairs, pid_file))
-            self._take_over()
+            self._take_over(pid_file)
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()
@@ -107,10 +107,11 @@ class Soloist:
             report(tallies, time.monotonic() - started)
         return serving.has_left_handlers
 
-    def _take_over(self) -> None:
+    def _take_over(self, pid_file: PidFile) -> None:
         """Tell the predecessor that it can go: clients wait in a queue that is ours, too."""
         heritage, self._heritage = self._heritage, None
         if heritage is not None:
+            attempt(pid_file.take_over)
             heritage.channel.send("serving", listeners=self._listeners.take_over())
             heritage.channel.close()
 
@@ -156,7 +157,7 @@ class Soloist:
         variables.pop("WATCHDOG_PID", None)  # it will be the heir's
         timeout = heir_timeout(self._configuration.process)
         try:
-            heir = self._heir = start_heir(pairs, None, variables, timeout)
+            heir = self._heir = start_heir(pairs, None, variables, timeout, pid_file.descriptor)
         except OSError as error:
             say(f"cannot start another process: {error}")
             return
@@ -166,10 +167,7 @@ class Soloist:
             say(f"process {heir.process} {heir.end} before it served{goes_on}")
             return
         self._listeners.hand_over(heir.taken or ())
-        try:
-            pid_file.hand_over(heir.process)
-        except PorticoError as error:
-            say(str(error))
+        attempt(lambda: pid_file.hand_over(heir.process))
         self._notifier.main_process(heir.process)
         say(f"leaves everything to process {heir.process}")
         os.kill(os.getpid(), signal.SIGTERM)

@@ -24,7 +24,7 @@ from portico import privileges
 from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
-from portico.duty import counted, described, expanded, log_kept, openings, say_counts
+from portico.duty import attempt, counted, described, expanded, log_kept, openings, say_counts
 from portico.errors import CountersError, PorticoError
 from portico.handover import Heir, Heritage, start_heir
 from portico.listeners import Listeners
@@ -122,13 +122,14 @@ class Supervisor:
         """
         process = self._first.process
         identity = privileges.find(process.user, process.group)
-        predecessor = None if self._heritage is None else self._heritage.predecessor
+        heritage = self._heritage
+        inherited = (None, None) if heritage is None else (heritage.predecessor, heritage.pid_file)
         raise_descriptor_limit()
         with ExitStack() as closing:
             # First, and so left last: whatever is opened is closed again, and files are removed.
             closing.enter_context(self._signals)
             closing.callback(self._listeners.close)
-            self._pid_file = closing.enter_context(PidFile(process.pid_file, predecessor))
+            self._pid_file = closing.enter_context(PidFile(process.pid_file, *inherited))
             self._counters = self._workers.counters = self._make_counters()
             closing.callback(self._counters.close)
             self._begin(self._first)
@@ -401,6 +402,7 @@ class Supervisor:
         """Tell the predecessor that it can go."""
         heritage, self._heritage = self._heritage, None
         if heritage is not None:
+            attempt(self._pid_file.take_over)
             heritage.channel.send("serving", listeners=self._listeners.take_over())
             heritage.channel.close()
 
@@ -475,7 +477,8 @@ class Supervisor:
         variables.pop("WATCHDOG_PID", None)  # it will be the heir's
         try:
             timeout = heir_timeout(reading.process)
-            self._heir = start_heir(pairs, self._counters, variables, timeout)
+            file = self._pid_file.descriptor
+            self._heir = start_heir(pairs, self._counters, variables, timeout, file)
         except OSError as error:
             say(f"cannot start another supervisor: {error}")
             return
@@ -490,10 +493,7 @@ class Supervisor:
             return
         handed = self._listeners.hand_over(heir.taken)
         self._handed_over = {id(each) for each in handed}
-        try:
-            self._pid_file.hand_over(heir.process)
-        except PorticoError as error:
-            say(str(error))
+        attempt(lambda: self._pid_file.hand_over(heir.process))
         self._notifier.main_process(heir.process)
         say(f"leaves everything to process {heir.process}")
         if self._stop is Stop.NOT:
