@@ -242,6 +242,17 @@ def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alon
         program.wait_silent()
 
 
+def test_limits_of_time_may_be_longer_than_the_system_waits_at_once(tmp_path: Path) -> None:
+    month = 30 * 24 * 3600
+    with supervised(tmp_path, worker_timeout=month, start_timeout=1e300) as program:
+        program.wait_ready(2)
+        assert program.ask() == b"hello\n"
+        program.write(SECOND)
+        hand_over(program)
+        eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+
+
 # --- more and less -----------------------------------------------------------------------
 
 
@@ -473,6 +484,23 @@ def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_p
         assert program.find(r"stopped after .* s: 3 requests served")  # of both, in one mapping
         assert not path.exists()
         assert not pid_file.exists()
+
+
+def test_places_of_a_predecessor_that_is_killed_are_free_again(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1, settings={"max_connections": 1}) as program:
+        program.wait_ready(1)
+        first, (worker,) = program.pid, program.workers()
+        with program.connect() as early, program.connect() as late:
+            early.sendall(b"hello\n")
+            assert early.recv(64) == b"hello\n"
+            early.sendall(b"half ")  # so it is not idle
+            hand_over(program)
+            for process in (first, worker):
+                os.kill(process, signal.SIGKILL)
+            assert program.wait_ended() == -signal.SIGKILL
+            late.sendall(b"hello\n")
+            assert late.recv(64) == b"hello\n"
+        program.stop()
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -26,7 +26,7 @@ from portico.console import say
 from portico.counters import Counters
 from portico.duty import attempt, counted, described, expanded, log_kept, openings, say_counts
 from portico.errors import CountersError, PorticoError
-from portico.handover import Heir, Heritage, start_heir
+from portico.handover import LONGEST_WAIT, Heir, Heritage, start_heir
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
 from portico.pidfile import PidFile
@@ -57,6 +57,10 @@ DRAIN_SLACK: Final = 2 * STOP_PATIENCE
 """Seconds beyond `drain_timeout` after which a worker that still drains is ended: it has ways of
 its own to end handlers, and more to tell than one that is killed."""
 
+
+FORMER_INTERVAL: Final = 1.0
+"""Seconds between two looks at whether a predecessor that counts with us has ended: places of
+`max_connections` that it had are free then, and nobody else may be left to see it."""
 
 SIGNALS: Final = (
     signal.SIGTERM,
@@ -109,6 +113,7 @@ class Supervisor:
         self._failure = ""
         self._heir: Heir | None = None
         self._handed_over: set[int] = set()
+        self._has_former = False
         self._first = configuration
         self._counters: Counters
         self._pid_file: PidFile
@@ -212,6 +217,9 @@ class Supervisor:
         if self._heir is not None and not self._heir.is_serving and self._heir.attend():
             self._settle(self._heir)
         self._hear()
+        if self._has_former:
+            self._counters.release_abandoned()
+            self._has_former = self._counters.has_rows_of_others()
         has_any_ended = self._workers.collect()
         if self._stop is not Stop.NOT and self._workers.have_left:
             self._listeners.close()  # as `_tidy` does, but for whom nobody has to be left
@@ -226,15 +234,17 @@ class Supervisor:
             if not each.is_gone:
                 poll.register(each.channel, select.POLLIN)
         now, interval = time.monotonic(), self._notifier.watchdog_interval
-        instants = [until if until is not None else inf]
+        instants = [now + LONGEST_WAIT, until if until is not None else inf]
         if self._heir is not None and not self._heir.is_serving:
             instants.append(self._heir.deadline)
             if (number := self._heir.fileno()) is not None:
                 poll.register(number, select.POLLIN)
         if interval is not None:
             instants.append(now + interval)
+        if self._has_former:
+            instants.append(now + FORMER_INTERVAL)
         pause = max(0.0, min(instants) - now)
-        ready = poll.poll(None if pause == inf else ceil(pause * 1000))
+        ready = poll.poll(ceil(pause * 1000))
         self._workers.excuse(now + pause)
         self._notifier.keep_alive()
         return {number for number, _ in ready}
@@ -405,6 +415,7 @@ class Supervisor:
             attempt(self._pid_file.take_over)
             heritage.channel.send("serving", listeners=self._listeners.take_over())
             heritage.channel.close()
+            self._has_former = True
 
     def _tidy(self) -> None:
         """Forget the readings from whose listeners nobody accepts any more, and close these.
