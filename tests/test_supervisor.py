@@ -22,6 +22,7 @@ from portico.supervisor import Supervisor
 from portico.systemd import Notifier
 from tests.supervised import ECHO, Supervised, supervised
 from tests.support import PATIENCE, Client, eventually, goodbye, received
+from tests.tls import Authority
 
 
 def waiting_for(gate: Path) -> str:
@@ -428,6 +429,49 @@ def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: 
             assert int(worker.split()[1]) == program.workers()[-1]
             second.sendall(b"and half\n")
             assert second.recv(64) == b"half and half\n"
+        program.stop()
+
+
+def shown_certificate(program: Supervised, authority: Authority) -> bytes | None:
+    """Return the certificate that a client is shown, which it trusts and is answered with."""
+    port = int(program.wait_for(r"ready on tls://127.0.0.1:(\d+)")[1])
+    with Client(socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.connect(("127.0.0.1", port))
+        with authority.client().wrap_socket(client, server_hostname="localhost") as tls:
+            tls.sendall(b"hello\n")
+            assert tls.recv(64) == b"hello\n"
+            return tls.getpeercert(binary_form=True)
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_a_reload_serves_with_another_certificate_and_keeps_the_one_before_a_broken_one(
+    tmp_path: Path, authority: Authority, engine: str
+) -> None:
+    """The settings name other files each time, which nobody but a reload looks at."""
+    first, second = authority.issue(), authority.issue()
+    broken = tmp_path / "broken.pem"
+    broken.write_text("nothing of the kind\n")
+    files = {"cert": str(first.certificate), "key": str(first.key)}
+    with supervised(
+        tmp_path, engine=engine, addresses=("tls://127.0.0.1:0",), settings=files
+    ) as program:
+        program.wait_ready(2)
+        assert shown_certificate(program, authority) == first.der
+        service = program.told["services"][0]
+
+        def reload(**files: str) -> None:
+            program.write(services=[service | {"settings": service["settings"] | files}])
+            program.send(signal.SIGHUP)
+
+        reload(cert=str(broken))
+        found = program.wait_for("cannot reload, and serves as before: (.*)")
+        assert "broken.pem" in found[1]
+        assert shown_certificate(program, authority) == first.der
+        reload(cert=str(second.certificate), key=str(second.key))
+        program.wait_for("serves as reloaded")
+        eventually(lambda: shown_certificate(program, authority) == second.der)
+        program.wait_for("has ended", 2)
+        assert shown_certificate(program, authority) == second.der
         program.stop()
 
 
