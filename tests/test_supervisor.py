@@ -475,6 +475,21 @@ def test_a_reload_serves_with_another_certificate_and_keeps_the_one_before_a_bro
         program.stop()
 
 
+def test_a_reload_says_what_it_cannot_change(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        process = program.told["process"] | {"workers": None, "pid_file": str(tmp_path / "pid")}
+        program.write(process=process)
+        program.send(signal.SIGHUP)
+        program.wait_for("keeps pid_file=None: a reload does not change it")
+        program.wait_for("keeps one worker: a reload does not change workers to none")
+        program.wait_for("serves as reloaded")
+        program.wait_for("has ended", 2)
+        assert len(program.workers()) == 1
+        assert not (tmp_path / "pid").exists()
+        program.stop()
+
+
 def test_reloads_that_come_too_fast_are_one(tmp_path: Path) -> None:
     with supervised(tmp_path, workers=1) as program:
         program.wait_ready(1)

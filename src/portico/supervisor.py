@@ -75,6 +75,10 @@ SIGNALS: Final = (
 """What a supervisor hears."""
 
 
+OF_THE_START: Final = ("user", "group", "pid_file")
+"""Settings of the processes that a reload does not change: they are done with when it serves."""
+
+
 class SupervisorError(PorticoError, RuntimeError):
     """No worker can be started; says why."""
 
@@ -302,11 +306,14 @@ class Supervisor:
         say("reloads")
         self._notifier.reloading("reloading")
         try:
-            self._begin(self._load())
+            configuration = self._load()
+            self._begin(configuration)
         except Exception as error:  # whatever it is, those that serve stay
             has_words = isinstance(error, (PorticoError, OSError))
             self._failed_reload(str(error) if has_words else f"{type(error).__name__}: {error}")
             self._tidy()
+        else:
+            _say_kept(self._first.process, configuration.process)
 
     def _failed_reload(self, reason: str) -> None:
         say(f"cannot reload, and serves as before: {reason}")
@@ -509,6 +516,15 @@ class Supervisor:
         say(f"leaves everything to process {heir.process}")
         if self._stop is Stop.NOT:
             self._stop = Stop.DRAIN
+
+
+def _say_kept(first: ProcessSettings, process: ProcessSettings) -> None:
+    """Say what a reload has read and cannot change."""
+    for name in OF_THE_START:
+        if getattr(process, name) != getattr(first, name):
+            say(f"keeps {name}={getattr(first, name)!r}: a reload does not change it")
+    if not process.worker_count():
+        say("keeps one worker: a reload does not change workers to none")
 
 
 def heir_timeout(process: ProcessSettings) -> float | None:
