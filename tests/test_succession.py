@@ -10,7 +10,6 @@ from portico.channel import Channel
 from portico.configuration import ProcessSettings
 from portico.handover import Heritage
 from portico.listeners import Listeners
-from portico.pidfile import PidFile
 from portico.succession import Succession
 from portico.systemd import Notifier
 from tests.support import nothing_left_behind
@@ -25,8 +24,8 @@ def test_without_anybody_before_and_after_there_is_nothing_to_do() -> None:
     assert alone.predecessor is None
     assert not alone.take_over()
     assert alone.fileno() is None
-    assert not alone.attend(PidFile(None))
-    assert not alone.wait(PidFile(None))
+    assert not alone.attend()
+    assert not alone.wait()
     alone.stop()
     alone.let_go()
     assert not alone.has_handed_over
@@ -62,7 +61,7 @@ def test_an_heir_that_the_system_refuses_is_said(
     alone = succession()
     alone.begin([], ProcessSettings())
     assert "cannot start another process:" in capsys.readouterr().err
-    assert not alone.attend(PidFile(None))
+    assert not alone.attend()
 
 
 @pytest.mark.parametrize("is_ending", [False, True])
@@ -82,7 +81,7 @@ def test_how_an_heir_ended_is_said_and_another_can_be_tried(
             if is_ending:
                 monkeypatch.setattr("portico.handover.Heir.stop", lambda _: None)
                 alone.stop()
-            assert not alone.wait(PidFile(None))
+            assert not alone.wait()
     said = capsys.readouterr().err
     assert said.count("the other process exited with status 3 before it served") == 2
     assert said.count("; this one goes on") == (0 if is_ending else 2)

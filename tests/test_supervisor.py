@@ -22,6 +22,7 @@ from portico.supervisor import Supervisor
 from portico.systemd import Notifier
 from tests.supervised import ECHO, Supervised, supervised
 from tests.support import PATIENCE, Client, eventually, goodbye, received
+from tests.tls import Authority
 
 
 def waiting_for(gate: Path) -> str:
@@ -431,6 +432,64 @@ def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: 
         program.stop()
 
 
+def shown_certificate(program: Supervised, authority: Authority) -> bytes | None:
+    """Return the certificate that a client is shown, which it trusts and is answered with."""
+    port = int(program.wait_for(r"ready on tls://127.0.0.1:(\d+)")[1])
+    with Client(socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.connect(("127.0.0.1", port))
+        with authority.client().wrap_socket(client, server_hostname="localhost") as tls:
+            tls.sendall(b"hello\n")
+            assert tls.recv(64) == b"hello\n"
+            return tls.getpeercert(binary_form=True)
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_a_reload_serves_with_another_certificate_and_keeps_the_one_before_a_broken_one(
+    tmp_path: Path, authority: Authority, engine: str
+) -> None:
+    """The settings name other files each time, which nobody but a reload looks at."""
+    first, second = authority.issue(), authority.issue()
+    broken = tmp_path / "broken.pem"
+    broken.write_text("nothing of the kind\n")
+    files = {"cert": str(first.certificate), "key": str(first.key)}
+    with supervised(
+        tmp_path, engine=engine, addresses=("tls://127.0.0.1:0",), settings=files
+    ) as program:
+        program.wait_ready(2)
+        assert shown_certificate(program, authority) == first.der
+        service = program.told["services"][0]
+
+        def reload(**files: str) -> None:
+            program.write(services=[service | {"settings": service["settings"] | files}])
+            program.send(signal.SIGHUP)
+
+        reload(cert=str(broken))
+        found = program.wait_for("cannot reload, and serves as before: (.*)")
+        assert "broken.pem" in found[1]
+        assert shown_certificate(program, authority) == first.der
+        reload(cert=str(second.certificate), key=str(second.key))
+        program.wait_for("serves as reloaded")
+        eventually(lambda: shown_certificate(program, authority) == second.der)
+        program.wait_for("has ended", 2)
+        assert shown_certificate(program, authority) == second.der
+        program.stop()
+
+
+def test_a_reload_says_what_it_cannot_change(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        process = program.told["process"] | {"workers": None, "pid_file": str(tmp_path / "pid")}
+        program.write(process=process)
+        program.send(signal.SIGHUP)
+        program.wait_for("keeps pid_file=None: a reload does not change it")
+        program.wait_for("keeps one worker: a reload does not change workers to none")
+        program.wait_for("serves as reloaded")
+        program.wait_for("has ended", 2)
+        assert len(program.workers()) == 1
+        assert not (tmp_path / "pid").exists()
+        program.stop()
+
+
 def test_reloads_that_come_too_fast_are_one(tmp_path: Path) -> None:
     with supervised(tmp_path, workers=1) as program:
         program.wait_ready(1)
@@ -487,13 +546,14 @@ def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_p
 
 
 def test_places_of_a_predecessor_that_is_killed_are_free_again(tmp_path: Path) -> None:
-    with supervised(tmp_path, workers=1, settings={"max_connections": 1}) as program:
+    source = waiting_for(tmp_path / "gate")
+    with supervised(tmp_path, source, workers=1, settings={"max_connections": 1}) as program:
         program.wait_ready(1)
         first, (worker,) = program.pid, program.workers()
         with program.connect() as early, program.connect() as late:
             early.sendall(b"hello\n")
             assert early.recv(64) == b"hello\n"
-            early.sendall(b"half ")  # so it is not idle
+            early.sendall(b"slow\n")
             hand_over(program)
             for process in (first, worker):
                 os.kill(process, signal.SIGKILL)
@@ -528,6 +588,47 @@ def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
         program.wait_for("has handed over after")
         assert program.wait_ended() == 0
         program.stop()
+
+
+@pytest.mark.parametrize("workers", [1, None])
+def test_the_pid_file_is_a_successors_whose_predecessor_was_killed_meanwhile(
+    tmp_path: Path, workers: int | None
+) -> None:
+    gate, pid_file = tmp_path / "gate", tmp_path / "pid"
+    slow = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(gate)!r}).exists(): time.sleep(0.01)\n"
+    )
+    with supervised(tmp_path, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
+        program.write(slow + SECOND)
+        program.send(signal.SIGUSR2)
+        heir = int(program.wait_for(r"starts another .* \(process (\d+)\)")[1])
+        program.send(signal.SIGKILL)
+        program.wait_ended()
+        gate.touch()
+        program.wait_ready(0, 2)
+        eventually(lambda: int(pid_file.read_text()) == heir)
+        assert program.ask() == b"second hello\n"
+        program.pid = heir
+        program.stop()
+        assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("workers", [1, None])
+def test_every_successor_has_the_pid_file_open(tmp_path: Path, workers: int | None) -> None:
+    """So it can write there even as a user who may not open it."""
+    pid_file = tmp_path / "pid"
+    with supervised(tmp_path, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
+        for number in range(2):
+            program.send(signal.SIGUSR2)
+            program.pid = int(
+                program.wait_for(r"leaves everything to process (\d+)", number + 1)[1]
+            )
+            assert int(pid_file.read_text()) == program.pid
+            assert open_files(program.pid).count(str(pid_file)) == 1
+        program.stop()
+        assert not pid_file.exists()
 
 
 def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
@@ -100,12 +100,14 @@ class Heritage:
         predecessor: Its process.
         listeners: Those that it had open.
         counters: What `Counters.adopt` takes; ``None`` if it had none.
+        pid_file: The descriptor of its pid file; ``None`` if it had none.
     """
 
     channel: Channel
     predecessor: int
     listeners: tuple[Heirloom, ...]
     counters: str | None
+    pid_file: int | None = None
 
 
 def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | None:
@@ -132,7 +134,9 @@ def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | N
         )
         channel, predecessor = int(told["channel"]), int(told["predecessor"])
         counters = told["counters"]
-        for descriptor in (channel, *(each.descriptor for each in listeners)):
+        pid_file = None if told.get("pid_file") is None else int(told["pid_file"])
+        own = (channel,) if pid_file is None else (channel, pid_file)
+        for descriptor in (*own, *(each.descriptor for each in listeners)):
             os.set_inheritable(descriptor, False)
         if told["passed"]:  # which were passed to another process, the first one
             variables["LISTEN_PID"] = str(os.getpid())
@@ -141,7 +145,8 @@ def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | N
         end = Channel(socket.socket(fileno=channel))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HandoverError(f"{VARIABLE}: expected what a predecessor sets ({error})") from error
-    return Heritage(end, predecessor, listeners, None if counters is None else str(counters))
+    counters = None if counters is None else str(counters)
+    return Heritage(end, predecessor, listeners, counters, pid_file)
 
 
 @dataclass(slots=True)
@@ -242,6 +247,7 @@ def start_heir(
     counters: Counters | None = None,
     variables: Mapping[str, str] | None = None,
     timeout: float | None = None,
+    pid_file: int | None = None,
 ) -> Heir:
     """Start the command line of this process again, and let it have what this one holds.
 
@@ -250,18 +256,18 @@ def start_heir(
         counters: What is counted in, if it can be shared.
         variables: More for its environment.
         timeout: Seconds until it has to serve; ``None`` for no limit.
+        pid_file: The descriptor of the pid file, if there is one.
 
     Raises:
         OSError: The system refuses.
     """
     ours, theirs = Channel.pair()
     try:
-        with _inheritable(theirs.fileno(), *_descriptors(listeners)):
-            if counters is None:
-                process = _spawn(theirs, listeners, None, variables or {})
-            else:
-                with counters.inheritable() as text:
-                    process = _spawn(theirs, listeners, text, variables or {})
+        own = (theirs.fileno(),) if pid_file is None else (theirs.fileno(), pid_file)
+        with ExitStack() as lent:
+            lent.enter_context(_inheritable(*own, *_descriptors(listeners)))
+            text = None if counters is None else lent.enter_context(counters.inheritable())
+            process = _spawn(theirs, listeners, text, pid_file, variables or {})
     except BaseException:
         ours.close()
         raise
@@ -285,12 +291,14 @@ def _spawn(
     channel: Channel,
     listeners: Sequence[tuple[Address, OpenListener]],
     counters: str | None,
+    pid_file: int | None,
     variables: Mapping[str, str],
 ) -> int:
     told = {
         "channel": channel.fileno(),
         "predecessor": os.getpid(),
         "counters": counters,
+        "pid_file": pid_file,
         "passed": [each.name for each in passed_sockets()],
         "listeners": [
             {

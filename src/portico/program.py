@@ -27,7 +27,6 @@ from portico.handover import Heritage, inherit
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.pidfile import PidFile
 from portico.service import Service, raise_descriptor_limit
 from portico.succession import Succession
 from portico.supervisor import Supervisor
@@ -90,9 +89,7 @@ class Soloist:
             closing.callback(self._listeners.close)
             wanted = openings(services)
             listeners = self._listeners.gather(wanted)
-            pid_file = closing.enter_context(
-                PidFile(process.pid_file, self._succession.predecessor)
-            )
+            closing.enter_context(self._succession.pid_file(process.pid_file))
             privileges.drop(identity)  # and only now does anything of the target's run
             assignments = assign(services)
             closing.enter_context(logged(process))
@@ -102,7 +99,7 @@ class Soloist:
             pairs: Pairs = [
                 (each.address, own) for each, own in zip(wanted, listeners, strict=True)
             ]
-            closing.enter_context(self._obeying(serving, pairs, pid_file))
+            closing.enter_context(self._obeying(serving, pairs))
             self._succession.take_over()
             for bound in serving.addresses:
                 say(f"ready on {bound}")
@@ -112,7 +109,7 @@ class Soloist:
         return serving.has_left_handlers
 
     @contextmanager
-    def _obeying(self, serving: Service, pairs: Pairs, pid_file: PidFile) -> Generator[None]:
+    def _obeying(self, serving: Service, pairs: Pairs) -> Generator[None]:
         """Do what signals ask for while the block runs, in a thread beside those that serve."""
 
         def obey() -> None:
@@ -126,7 +123,7 @@ class Soloist:
                         _reopen()
                         say_counts(serving.counts())
                     case _:
-                        self._hand_over(pairs, pid_file)
+                        self._hand_over(pairs)
 
         process = os.getpid()
 
@@ -145,10 +142,10 @@ class Soloist:
             self._signals.put(0)
             self._succession.stop()
 
-    def _hand_over(self, pairs: Pairs, pid_file: PidFile) -> None:
+    def _hand_over(self, pairs: Pairs) -> None:
         """Start another process of the same command line, and go when it serves."""
         self._succession.begin(pairs, self._configuration.process)
-        if self._succession.wait(pid_file):
+        if self._succession.wait():
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -8,6 +8,7 @@ Source: sd_notify(3), ``MAINPID=``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from math import inf
 
@@ -15,6 +16,7 @@ from portico.address import Address
 from portico.configuration import ProcessSettings
 from portico.console import say
 from portico.counters import Counters
+from portico.duty import attempt
 from portico.errors import PorticoError
 from portico.handover import Heir, Heritage, start_heir
 from portico.listener import OpenListener
@@ -45,6 +47,7 @@ class Succession:
         self._notifier = notifier
         self._heritage = heritage
         self._heir: Heir | None = None
+        self._pid_file = PidFile(None)
         self._is_ending = False
 
     # --- from the predecessor -------------------------------------------------------------
@@ -53,6 +56,17 @@ class Succession:
     def predecessor(self) -> int | None:
         """The process that serves until this one does; ``None`` if there is none any more."""
         return None if self._heritage is None else self._heritage.predecessor
+
+    def pid_file(self, path: str | os.PathLike[str] | None) -> PidFile:
+        """Return the file that holds the number of who serves, to be entered by this process.
+
+        Args:
+            path: Where; ``None`` for no file at all.
+        """
+        heritage = self._heritage
+        inherited = (None, None) if heritage is None else (heritage.predecessor, heritage.pid_file)
+        self._pid_file = PidFile(path, *inherited)
+        return self._pid_file
 
     def counters(self) -> Counters:
         """Return the mapping to count in: the predecessor's, if it can be read."""
@@ -73,6 +87,7 @@ class Succession:
         heritage, self._heritage = self._heritage, None
         if heritage is None:
             return False
+        attempt(self._pid_file.take_over)
         heritage.channel.send("serving", listeners=self._listeners.take_over())
         heritage.channel.close()
         return True
@@ -115,17 +130,15 @@ class Succession:
         variables.pop("WATCHDOG_PID", None)  # it will be the heir's
         timeout = None if process.start_timeout is None else 2 * process.start_timeout
         try:
-            self._heir = start_heir(listeners, counters, variables, timeout)
+            file = self._pid_file.descriptor
+            self._heir = start_heir(listeners, counters, variables, timeout, file)
         except OSError as error:
             say(f"cannot start another {self._kind}: {error}")
         else:
             say(f"starts another {self._kind} (process {self._heir.process})")
 
-    def attend(self, pid_file: PidFile) -> bool:
+    def attend(self) -> bool:
         """See what has become of the heir; never waits.
-
-        Args:
-            pid_file: Is handed over with everything else.
 
         Returns:
             Whether it has taken over just now.
@@ -133,15 +146,15 @@ class Succession:
         heir = self._heir
         if heir is None or heir.is_serving or not heir.attend():
             return False
-        return self._settle(heir, pid_file)
+        return self._settle(heir)
 
-    def wait(self, pid_file: PidFile) -> bool:
+    def wait(self) -> bool:
         """Wait for what `attend` sees."""
         heir = self._heir
         if heir is None or heir.is_serving:
             return False
         heir.wait()
-        return self._settle(heir, pid_file)
+        return self._settle(heir)
 
     def stop(self) -> None:
         """End with this process an heir that does not serve."""
@@ -152,22 +165,20 @@ class Succession:
 
     def let_go(self) -> None:
         """Close in a child what is not its own."""
+        self._pid_file.close()
         if self._heir is not None:
             self._heir.channel.close()
         if self._heritage is not None:
             self._heritage.channel.close()
 
-    def _settle(self, heir: Heir, pid_file: PidFile) -> bool:
+    def _settle(self, heir: Heir) -> bool:
         if heir.taken is None:
             self._heir = None
             goes_on = "" if self._is_ending else "; this one goes on"
             say(f"the other {self._kind} {heir.end} before it served{goes_on}")
             return False
         self.handed = self._listeners.hand_over(heir.taken)
-        try:
-            pid_file.hand_over(heir.process)
-        except PorticoError as error:
-            say(str(error))
+        attempt(lambda: self._pid_file.hand_over(heir.process))
         self._notifier.main_process(heir.process)
         say(f"leaves everything to process {heir.process}")
         return True

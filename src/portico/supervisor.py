@@ -29,7 +29,6 @@ from portico.errors import PorticoError
 from portico.handover import LONGEST_WAIT, Heritage
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.pidfile import PidFile
 from portico.service import STOP_PATIENCE, raise_descriptor_limit, station_names
 from portico.signals import SignalPipe
 from portico.succession import Succession
@@ -76,6 +75,10 @@ SIGNALS: Final = (
 """What a supervisor hears."""
 
 
+OF_THE_START: Final = ("user", "group", "pid_file")
+"""Settings of the processes that a reload does not change: they are done with when it serves."""
+
+
 class SupervisorError(PorticoError, RuntimeError):
     """No worker can be started; says why."""
 
@@ -115,7 +118,6 @@ class Supervisor:
         self._has_former = False
         self._first = configuration
         self._counters: Counters
-        self._pid_file: PidFile
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -131,9 +133,7 @@ class Supervisor:
             # First, and so left last: whatever is opened is closed again, and files are removed.
             closing.enter_context(self._signals)
             closing.callback(self._listeners.close)
-            self._pid_file = closing.enter_context(
-                PidFile(process.pid_file, self._succession.predecessor)
-            )
+            closing.enter_context(self._succession.pid_file(process.pid_file))
             self._counters = self._workers.counters = self._succession.counters()
             closing.callback(self._counters.close)
             self._begin(self._first)
@@ -213,7 +213,7 @@ class Supervisor:
         spoke = [each for each in self._workers if each.channel.fileno() in ready]
         for each in spoke:
             self._workers.listen(each)
-        if self._succession.attend(self._pid_file) and self._stop is Stop.NOT:
+        if self._succession.attend() and self._stop is Stop.NOT:
             self._stop = Stop.DRAIN
         self._hear()
         if self._has_former:
@@ -299,11 +299,14 @@ class Supervisor:
         say("reloads")
         self._notifier.reloading("reloading")
         try:
-            self._begin(self._load())
+            configuration = self._load()
+            self._begin(configuration)
         except Exception as error:  # whatever it is, those that serve stay
             has_words = isinstance(error, (PorticoError, OSError))
             self._failed_reload(str(error) if has_words else f"{type(error).__name__}: {error}")
             self._tidy()
+        else:
+            _say_kept(self._first.process, configuration.process)
 
     def _failed_reload(self, reason: str) -> None:
         say(f"cannot reload, and serves as before: {reason}")
@@ -452,9 +455,17 @@ class Supervisor:
     def _let_go(self) -> None:
         """Close in a child what is the supervisor's."""
         self._signals.close()
-        self._pid_file.close()
         self._succession.let_go()
         self._listeners.close()  # the lent ones are others, and a child ends nothing by this
+
+
+def _say_kept(first: ProcessSettings, process: ProcessSettings) -> None:
+    """Say what a reload has read and cannot change."""
+    for name in OF_THE_START:
+        if getattr(process, name) != getattr(first, name):
+            say(f"keeps {name}={getattr(first, name)!r}: a reload does not change it")
+    if not process.worker_count():
+        say("keeps one worker: a reload does not change workers to none")
 
 
 def _with_more(generation: Generation, more: int) -> Generation:
