@@ -315,6 +315,30 @@ def test_rows_of_processes_that_have_ended_can_be_had_again(counters: Counters) 
     assert counters.claim() == mine + 1
 
 
+def test_a_row_is_abandoned_when_the_number_of_its_process_is_anothers(counters: Counters) -> None:
+    """Of one that began at another time."""
+    row = counters.claim()
+    assert counters.release_abandoned() == 0
+    counters.plate(row)[module._Plate.CLAIMANT_BEGAN] -= 1
+    assert counters.release_abandoned() == 1
+    row = counters.claim()
+    Row(counters, row)
+    counters.plate(row)[module._Plate.CLAIMANT] = (1 << 22) + 1  # more than any process has
+    assert counters.release_abandoned() == 0
+    counters.plate(row)[module._Plate.OWNER_BEGAN] -= 1
+    assert counters.release_abandoned() == 1
+
+
+def test_it_is_known_whether_another_supervisor_has_rows(counters: Counters) -> None:
+    counters.claim()
+    assert not counters.has_rows_of_others()
+    child = forked(counters.claim)
+    assert ended(child) == 0
+    assert counters.has_rows_of_others()
+    counters.release_abandoned()
+    assert not counters.has_rows_of_others()
+
+
 # ------------------------------------------------------------------------------------- addresses
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from portico.listener import open_listener
 from portico.listeners import Listeners
 from portico.settings import Settings
 from portico.socketfile import SocketFile
-from tests.support import in_child, nothing_left_behind
+from tests.support import eventually, in_child, nothing_left_behind
 
 
 @pytest.fixture(autouse=True)
@@ -103,31 +108,78 @@ def test_an_heirloom_that_is_no_listener_is_an_error() -> None:
     os.close(writer)
 
 
+@pytest.mark.parametrize(("address", "waits"), [("tcp", False), ("udp", True)])
+def test_accepting_from_an_heirloom_never_waits(address: str, waits: bool) -> None:
+    """Whether it does is one flag for all processes: a copy that set it would hold their hubs."""
+    text = f"{address}://127.0.0.1:0"
+    listeners = Listeners()
+    (theirs,) = gathered(listeners, text)
+    opened = Heirloom(text, os.dup(theirs.socket.fileno()), None).open(theirs.place.address)
+    lent = opened.lend()
+    assert [os.get_blocking(each.socket.fileno()) for each in (theirs, opened, lent)] == [waits] * 3
+    for each in (lent, opened, listeners):
+        each.close()
+
+
 def test_how_a_process_ended_is_said_in_words() -> None:
     assert said_end(3 << 8) == "exited with status 3"
     assert said_end(9) == "was killed by SIGKILL"
     assert said_end(40) == "was killed by signal 40"
 
 
-def test_an_heir_that_takes_too_long_is_killed() -> None:
+@contextmanager
+def an_heir(*, is_silent: bool, timeout: float | None = None) -> Iterator[Heir]:
+    """Have a process that lives until it is killed, and may close its channel."""
     ours, theirs = Channel.pair()
     child = os.fork()
     if child == 0:
         ours.close()
-        theirs.receive()  # without end
+        if is_silent:
+            theirs.close()
+        signal.pause()
         os._exit(0)
     theirs.close()
-    heir = Heir(child, ours)
-    assert heir.wait_serving(0.05) is None
-    assert heir.wait() == "was killed by SIGKILL"
+    yield Heir(child, ours, inf if timeout is None else time.monotonic() + timeout)
+
+
+def test_an_heir_that_takes_too_long_is_killed() -> None:
+    with an_heir(is_silent=False, timeout=0.05) as heir:
+        assert not heir.attend()
+        assert not heir.wait()
+        assert heir.end == "was killed by SIGKILL (it did not serve in time)"
+
+
+def test_an_heir_that_closes_its_channel_and_lives_holds_nobody_up() -> None:
+    with an_heir(is_silent=True) as heir:
+        eventually(lambda: heir.attend() or heir.fileno() is None)
+        assert not heir.wait()
+        assert heir.end == "was killed by SIGKILL (it had closed its channel)"
+
+
+def test_an_heir_may_have_more_time_than_one_wait_can_take() -> None:
+    with an_heir(is_silent=False, timeout=1e300) as heir:
+        killer = threading.Timer(0.1, os.kill, (heir.process, signal.SIGTERM))
+        killer.start()
+        assert not heir.wait()
+        assert heir.end == "was killed by SIGTERM"
+        killer.join()
+
+
+def test_an_heir_that_somebody_else_has_collected_has_ended() -> None:
+    with an_heir(is_silent=False) as heir:
+        os.kill(heir.process, signal.SIGTERM)
+        os.waitpid(heir.process, 0)
+        assert heir.attend()
+        assert heir.end == "ended"
 
 
 def test_an_heir_that_serves_says_what_it_has_taken() -> None:
     ours, theirs = Channel.pair()
     theirs.send("serving", listeners=["tcp://127.0.0.1:9"])
     heir = Heir(os.getpid(), ours)
-    assert heir.wait_serving(None) == ["tcp://127.0.0.1:9"]
-    assert heir.is_serving
+    assert heir.wait()
+    assert heir.taken == ["tcp://127.0.0.1:9"]
+    assert heir.fileno() is None
     theirs.close()
     ours.close()
 

@@ -258,3 +258,73 @@ def test_a_successor_may_find_the_file_handed_over_already(path: Path) -> None:
     with PidFile(path, predecessor=1) as held:
         held.hand_over(2)
         assert path.read_text() == "2\n"
+
+
+def inherited(path: Path) -> int:
+    """Return what a predecessor has open of its file, as another process has it."""
+    return os.open(path, os.O_RDWR)
+
+
+def test_a_successor_takes_the_file_over_from_a_predecessor_that_is_dead(
+    path: Path, dead: int
+) -> None:
+    path.write_text(f"{dead}\n")
+    with PidFile(path, dead, inherited(path)) as held:
+        held.take_over()
+        assert path.read_text() == f"{os.getpid()}\n"
+    assert not path.exists()
+
+
+def test_a_successor_writes_by_the_descriptor_that_it_has_inherited(
+    path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another user by now, who may read the file and not open it to write."""
+    path.write_text(f"{dead}\n")
+    with PidFile(path, dead, inherited(path)) as held:
+        opened = os.open
+
+        def narrow(path: Path, flags: int, mode: int = 0) -> int:
+            if flags & os.O_RDWR:
+                raise PermissionError(13, "Permission denied")
+            return opened(path, flags, mode)
+
+        monkeypatch.setattr(os, "open", narrow)
+        held.take_over()
+        assert path.read_text() == f"{os.getpid()}\n"
+        held.hand_over(7)
+        assert path.read_text() == "7\n"
+
+
+def test_a_file_that_is_somebody_elses_by_now_is_not_taken_over(path: Path, dead: int) -> None:
+    path.write_text(f"{dead}\n")
+    with PidFile(path, dead, inherited(path)) as held:
+        path.write_text("1\n")
+        held.take_over()
+        assert path.read_text() == "1\n"
+
+
+def test_without_a_predecessor_there_is_nothing_to_take_over(path: Path) -> None:
+    with PidFile(path) as held:
+        held.take_over()
+        assert path.read_text() == f"{os.getpid()}\n"
+
+
+def test_the_descriptor_of_another_file_is_closed(path: Path, tmp_path: Path) -> None:
+    """The settings name another one now, or none at all, or one that cannot be had."""
+    other = tmp_path / "other"
+    other.touch()
+    for named in (path, None):
+        descriptor = inherited(other)
+        with PidFile(named, 1, descriptor) as held:
+            assert held.descriptor != descriptor or named is path
+            if named is not None:
+                assert path.read_text() == f"{os.getpid()}\n"
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+    path.write_text("nginx")
+    descriptor = inherited(other)
+    with pytest.raises(PidFileError), PidFile(path, 1, descriptor):
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    assert other.read_text() == ""

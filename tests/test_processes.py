@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from portico import processes
-from portico.processes import command, is_alive, start_time
+from portico.processes import birth, command, is_alive, start_time
 
 
 def test_this_process_lives_and_has_a_name_and_a_beginning() -> None:
@@ -28,6 +28,18 @@ def test_a_process_that_was_collected_is_not_alive() -> None:
     assert not is_alive(other.pid)
     assert start_time(other.pid) is None
     assert command(other.pid) == "unknown"
+
+
+def test_a_process_that_has_ended_is_not_alive_though_nobody_has_collected_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as other:
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_alive(other.pid)
+
+
+def test_a_process_that_began_at_another_time_is_another_one() -> None:
+    began = birth(os.getpid())
+    assert is_alive(os.getpid(), began)
+    assert not is_alive(os.getpid(), began - 1)
 
 
 @pytest.mark.parametrize("number", [0, -1, 10**10])

@@ -117,6 +117,13 @@ def test_what_is_no_toml_is_told_with_its_line_and_column(
     assert refused(tmp_path, text).startswith(expected)
 
 
+@pytest.mark.parametrize("value", ["[" * 3000, "9" * 5000])
+def test_what_is_too_much_for_the_parser_is_an_error_of_the_file(
+    tmp_path: Path, value: str
+) -> None:
+    assert refused(tmp_path, f"workers = {value}").startswith("portico.toml: expected no deeper")
+
+
 def test_an_error_of_toml_without_a_place_is_told_without(tmp_path: Path) -> None:
     file = SettingsFile.named("portico.toml", tmp_path)
     assert str(file._malformed("something is wrong", "")) == "portico.toml: something is wrong"

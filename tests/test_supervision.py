@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -37,8 +38,8 @@ from portico.supervision import (
 )
 
 LIMITS = Limits(start_timeout=60, worker_timeout=30, drain_timeout=20)
-FIRST = Generation(1, LIMITS)
-SECOND = Generation(2, LIMITS)
+FIRST = Generation(1, limits=LIMITS)
+SECOND = Generation(2, limits=LIMITS)
 
 
 def starting(number: int, generation: int = 1, since: float = 0) -> Worker:
@@ -49,6 +50,23 @@ def ready(number: int, generation: int = 1, since: float = 0, beat: float = 0) -
     return Worker(number, generation, Stage.READY, since, beat, ready=since)
 
 
+def seen(
+    workers: Sequence[Worker],
+    wanted: int,
+    serving: Generation | None = None,
+    upcoming: Generation | None = None,
+    *,
+    is_heir: bool = False,
+    stop: Stop = Stop.NOT,
+) -> Situation:
+    """Return a situation whose generations want as many workers."""
+    if serving is not None:
+        serving = replace(serving, wanted=wanted)
+    if upcoming is not None:
+        upcoming = replace(upcoming, wanted=wanted)
+    return Situation(workers, serving, upcoming, is_heir, stop)
+
+
 def told(*actions: Action) -> list[Action]:
     return [action for action in actions if not isinstance(action, Wait)]
 
@@ -57,22 +75,22 @@ def told(*actions: Action) -> list[Action]:
 
 
 def test_the_first_generation_is_started_whole() -> None:
-    assert decide(Situation((), 2, upcoming=FIRST), 0) == [Start(1), Start(1)]
+    assert decide(seen((), 2, upcoming=FIRST), 0) == [Start(1), Start(1)]
 
 
 def test_it_waits_for_those_that_start() -> None:
     workers = (starting(1), starting(2))
-    assert decide(Situation(workers, 2, upcoming=FIRST), 1) == [Wait(60)]
+    assert decide(seen(workers, 2, upcoming=FIRST), 1) == [Wait(60)]
 
 
 def test_the_first_that_serves_is_enough_to_begin_with() -> None:
     workers = (ready(1), starting(2))
-    assert Adopt(1) in decide(Situation(workers, 2, upcoming=FIRST), 1)
+    assert Adopt(1) in decide(seen(workers, 2, upcoming=FIRST), 1)
 
 
 def test_an_heir_serves_when_all_of_it_does() -> None:
     """Its predecessor goes then, and half of the workers would be left."""
-    half = Situation((ready(1), starting(2)), 2, upcoming=FIRST, is_heir=True)
+    half = seen((ready(1), starting(2)), 2, upcoming=FIRST, is_heir=True)
     assert told(*decide(half, 1)) == []
     whole = replace(half, workers=(ready(1), ready(2)))
     assert Adopt(1) in decide(whole, 1)
@@ -80,12 +98,12 @@ def test_an_heir_serves_when_all_of_it_does() -> None:
 
 def test_one_that_fails_at_the_beginning_leaves_the_others_their_chance() -> None:
     failed = note_end(FIRST, starting(1), 1, "it exited with status 3")
-    assert told(*decide(Situation((starting(2),), 2, upcoming=failed), 1)) == []
+    assert told(*decide(seen((starting(2),), 2, upcoming=failed), 1)) == []
 
 
 def test_when_none_can_start_the_supervisor_ends_with_the_reason() -> None:
     failed = note_end(FIRST, starting(1), 1, "it exited with status 3")
-    situation = Situation((), 1, upcoming=failed)
+    situation = seen((), 1, upcoming=failed)
     assert decide(situation, 1) == [GiveUp(1, "it exited with status 3")]
     assert decide(replace(situation, upcoming=None), 1) == [End()]
 
@@ -95,18 +113,18 @@ def test_when_none_can_start_the_supervisor_ends_with_the_reason() -> None:
 
 def test_enough_workers_are_left_alone_until_the_first_of_them_is_overdue() -> None:
     workers = (ready(1, beat=5), ready(2, beat=7))
-    assert decide(Situation(workers, 2, serving=FIRST), 8) == [Wait(35)]
+    assert decide(seen(workers, 2, serving=FIRST), 8) == [Wait(35)]
 
 
 def test_without_limits_there_is_nothing_to_wait_for() -> None:
-    situation = Situation((ready(1),), 1, serving=Generation(1))
+    situation = seen((ready(1),), 1, serving=Generation(1))
     assert decide(situation, 1000) == []
 
 
 def test_a_worker_that_has_served_is_replaced_at_once() -> None:
     served = replace(ready(1), requests=1)
     generation = note_end(FIRST, served, 0.1, "it was killed by SIGKILL")
-    assert decide(Situation((), 1, serving=generation), 0.1) == [Start(1)]
+    assert decide(seen((), 1, serving=generation), 0.1) == [Start(1)]
 
 
 def test_one_that_nobody_came_to_has_served_after_a_while() -> None:
@@ -133,7 +151,7 @@ def test_after_a_failure_the_next_start_waits_and_after_each_twice_as_long() -> 
     now, generation, delays = 0.0, FIRST, []
     for _ in range(9):
         generation = note_end(generation, starting(1), now, "it exited with status 1")
-        situation = Situation((), 1, serving=generation)
+        situation = seen((), 1, serving=generation)
         assert decide(situation, now) == [Wait(generation.retry)]
         delays.append(generation.retry - now)
         now = generation.retry
@@ -150,9 +168,9 @@ def test_workers_that_fail_together_count_once() -> None:
 
 def test_after_failures_one_is_tried_at_a_time() -> None:
     failed = replace(FIRST, failures=2, retry=0)
-    assert told(*decide(Situation((), 3, serving=failed), 1)) == [Start(1)]
-    assert told(*decide(Situation((starting(1),), 3, serving=failed), 1)) == []
-    assert told(*decide(Situation((ready(1),), 3, serving=note_ready(failed)), 1)) == [Start(1)]
+    assert told(*decide(seen((), 3, serving=failed), 1)) == [Start(1)]
+    assert told(*decide(seen((starting(1),), 3, serving=failed), 1)) == []
+    assert told(*decide(seen((ready(1),), 3, serving=note_ready(failed)), 1)) == [Start(1)]
 
 
 def test_workers_that_serve_and_crash_at_once_are_tried_ever_more_seldom() -> None:
@@ -179,7 +197,7 @@ def test_a_failure_long_ago_does_not_count() -> None:
 
 def test_a_stuck_worker_is_asked_for_its_stacks_and_then_killed() -> None:
     worker = ready(1, beat=0)
-    situation = Situation((worker,), 1, serving=FIRST)
+    situation = seen((worker,), 1, serving=FIRST)
     reason = "no sign of life for 30 s"
     assert decide(situation, 30) == [Report(1, reason)]
     asked = replace(worker, asked=30.0, asks=1)
@@ -190,7 +208,7 @@ def test_a_stuck_worker_is_asked_for_its_stacks_and_then_killed() -> None:
 
 def test_one_that_does_not_answer_is_made_to_tell_by_a_signal() -> None:
     asked = replace(ready(1, beat=0), asked=30.0, asks=1)
-    situation = Situation((asked,), 1, serving=FIRST)
+    situation = seen((asked,), 1, serving=FIRST)
     reason = "no sign of life for 30 s"
     assert decide(situation, 31) == [Report(1, reason, by_signal=True)]
     again = replace(asked, asked=31.0, asks=2)
@@ -200,22 +218,22 @@ def test_one_that_does_not_answer_is_made_to_tell_by_a_signal() -> None:
 
 def test_one_that_gives_a_sign_of_life_while_it_is_asked_is_not_killed() -> None:
     recovered = replace(ready(1, beat=30.5), asked=30.0, asks=1)
-    assert decide(Situation((recovered,), 1, serving=FIRST), 31) == [Wait(60.5)]
+    assert decide(seen((recovered,), 1, serving=FIRST), 31) == [Wait(60.5)]
 
 
 def test_a_killed_worker_is_left_alone_and_replaced_before_it_is_seen_to_end() -> None:
     killed = replace(ready(1), stage=Stage.KILLED, since=30)
-    assert decide(Situation((killed,), 1, serving=FIRST), 1000) == [Start(1)]
+    assert decide(seen((killed,), 1, serving=FIRST), 1000) == [Start(1)]
 
 
 def test_a_worker_that_does_not_come_to_serve_is_overdue() -> None:
-    situation = Situation((ready(1, beat=60), starting(2)), 2, serving=FIRST)
+    situation = seen((ready(1, beat=60), starting(2)), 2, serving=FIRST)
     assert Report(2, "it does not serve after 60 s") in decide(situation, 60)
 
 
 def test_a_drain_that_does_not_end_is_overdue() -> None:
     draining = replace(ready(2), stage=Stage.DRAINING, since=10)
-    situation = Situation((ready(1, beat=30), draining), 1, serving=FIRST)
+    situation = seen((ready(1, beat=30), draining), 1, serving=FIRST)
     assert decide(situation, 29) == [Wait(30)]
     assert Report(2, "it still drains after 20 s") in decide(situation, 30)
 
@@ -225,7 +243,7 @@ def test_a_drain_that_does_not_end_is_overdue() -> None:
 
 def test_a_worn_worker_is_replaced_first_and_drained_when_its_replacement_serves() -> None:
     worn = replace(ready(1), allowance=100, requests=100)
-    situation = Situation((worn,), 1, serving=FIRST)
+    situation = seen((worn,), 1, serving=FIRST)
     assert told(*decide(situation, 1)) == [Start(1)]
     both = replace(situation, workers=(worn, starting(2)))
     assert told(*decide(both, 1)) == []
@@ -237,7 +255,7 @@ def test_a_worn_worker_is_replaced_first_and_drained_when_its_replacement_serves
 def test_a_worker_that_has_grown_is_worn() -> None:
     generation = replace(FIRST, limits=Limits(max_memory=1 << 20))
     grown = replace(ready(1), memory=(5 << 20))
-    situation = Situation((grown, ready(2)), 1, serving=generation)
+    situation = seen((grown, ready(2)), 1, serving=generation)
     drain = Drain(1, "it takes 5 MiB of memory (max_worker_memory)")
     assert decide(situation, 1) == [drain, Wait(1 + WEAR_INTERVAL)]
 
@@ -246,11 +264,11 @@ def test_a_worker_that_has_grown_is_worn() -> None:
 
 
 def test_one_more_is_started() -> None:
-    assert told(*decide(Situation((ready(1),), 2, serving=FIRST), 1)) == [Start(1)]
+    assert told(*decide(seen((ready(1),), 2, serving=FIRST), 1)) == [Start(1)]
 
 
 def test_one_less_drains_the_youngest() -> None:
-    situation = Situation((ready(1), ready(3), ready(2)), 2, serving=FIRST)
+    situation = seen((ready(1), ready(3), ready(2)), 2, serving=FIRST)
     assert told(*decide(situation, 1)) == [Drain(3, "it is one too many")]
 
 
@@ -258,24 +276,33 @@ def test_one_less_drains_the_youngest() -> None:
 
 
 def test_a_reload_starts_its_workers_beside_those_that_serve() -> None:
-    situation = Situation((ready(1), ready(2)), 2, serving=FIRST, upcoming=SECOND)
+    situation = seen((ready(1), ready(2)), 2, serving=FIRST, upcoming=SECOND)
     assert told(*decide(situation, 1)) == [Start(2), Start(2)]
 
 
 def test_it_takes_over_when_all_of_its_workers_serve_and_the_others_drain() -> None:
     workers = (ready(1), ready(2, 2), starting(3, 2))
-    situation = Situation(workers, 2, serving=FIRST, upcoming=SECOND)
+    situation = seen(workers, 2, serving=FIRST, upcoming=SECOND)
     assert Adopt(2) not in decide(situation, 1)
     whole = replace(situation, workers=(ready(1), ready(2, 2), ready(3, 2)))
     assert Adopt(2) in decide(whole, 1)
-    adopted = replace(whole, serving=SECOND, upcoming=None)
+    adopted = replace(whole, serving=whole.upcoming, upcoming=None)
     assert told(*decide(adopted, 1)) == [Drain(1, "")]
+
+
+@pytest.mark.parametrize("other", [1, 3])
+def test_until_a_reload_serves_as_many_workers_are_kept_as_before(other: int) -> None:
+    upcoming = replace(SECOND, wanted=other)
+    serving = replace(FIRST, wanted=2)
+    situation = Situation((ready(1), ready(2)), serving, upcoming)
+    assert told(*decide(situation, 1)) == [Start(2)] * other
+    assert told(*decide(replace(situation, upcoming=None), 1)) == []
 
 
 def test_a_reload_that_cannot_start_is_given_up_and_those_that_serve_stay() -> None:
     failed = note_end(SECOND, starting(2, 2), 1, "it cannot import app")
     workers = (ready(1), ready(2, 2), starting(3, 2))
-    situation = Situation(workers, 2, serving=replace(FIRST, failures=1), upcoming=failed)
+    situation = seen(workers, 2, serving=replace(FIRST, failures=1), upcoming=failed)
     assert GiveUp(2, "it cannot import app") in decide(situation, 1)
     given_up = replace(situation, upcoming=None)
     assert {Drain(2, ""), Interrupt(3)} <= set(decide(given_up, 1))
@@ -284,7 +311,7 @@ def test_a_reload_that_cannot_start_is_given_up_and_those_that_serve_stay() -> N
 
 def test_a_worker_that_dies_meanwhile_is_replaced_as_ever() -> None:
     workers = (ready(2, 2), starting(3, 2))
-    situation = Situation(workers, 2, serving=FIRST, upcoming=SECOND)
+    situation = seen(workers, 2, serving=FIRST, upcoming=SECOND)
     assert told(*decide(situation, 1)) == [Start(1), Start(1)]
 
 
@@ -293,7 +320,7 @@ def test_a_worker_that_dies_meanwhile_is_replaced_as_ever() -> None:
 
 def test_at_the_end_who_serves_drains_and_who_does_not_yet_ends() -> None:
     draining = replace(ready(3), stage=Stage.DRAINING)
-    situation = Situation((ready(1), starting(2), draining), 2, FIRST, stop=Stop.DRAIN)
+    situation = seen((ready(1), starting(2), draining), 2, FIRST, stop=Stop.DRAIN)
     assert told(*decide(situation, 1)) == [Drain(1, ""), Interrupt(2)]
     assert decide(replace(situation, workers=()), 1) == [End()]
 
@@ -301,7 +328,7 @@ def test_at_the_end_who_serves_drains_and_who_does_not_yet_ends() -> None:
 def test_at_the_second_signal_all_are_interrupted_and_killed_if_they_stay() -> None:
     draining = replace(ready(1), stage=Stage.DRAINING)
     killed = replace(ready(2), stage=Stage.KILLED)
-    situation = Situation((draining, killed), 2, FIRST, stop=Stop.NOW)
+    situation = seen((draining, killed), 2, FIRST, stop=Stop.NOW)
     assert decide(situation, 1) == [Interrupt(1)]
     stubborn = replace(draining, stage=Stage.INTERRUPTED, since=1)
     after = replace(situation, workers=(stubborn,))
@@ -317,7 +344,7 @@ class World:
     """What carries actions out, with workers that do as the draws say."""
 
     def __init__(self, wanted: int) -> None:
-        self.situation = Situation((), wanted, upcoming=FIRST)
+        self.situation = seen((), wanted, upcoming=FIRST)
         self.now = 0.0
         self.generation = 1
         self.has_ended = False
@@ -393,7 +420,14 @@ class World:
 
     @property
     def wanted(self) -> int:
-        return self.situation.wanted
+        serving = self.situation.serving
+        return 0 if serving is None else serving.wanted
+
+    def want(self, more: int) -> None:
+        for name in ("serving", "upcoming"):
+            generation = getattr(self.situation, name)
+            if generation is not None:
+                self.change(**{name: replace(generation, wanted=max(1, generation.wanted + more))})
 
     def next_generation(self) -> int:
         self.generation += 1
@@ -430,11 +464,11 @@ def after(world: World, word: str, which: int) -> None:
         case "wait", _:
             world.now += 7.0 * which
         case "reload", _ if world.situation.upcoming is None:
-            world.change(upcoming=Generation(world.next_generation(), LIMITS))
+            world.change(upcoming=Generation(world.next_generation(), 1 + which, LIMITS))
         case "more", _:
-            world.change(wanted=world.situation.wanted + 1)
+            world.want(1)
         case "less", _:
-            world.change(wanted=max(1, world.situation.wanted - 1))
+            world.want(-1)
         case _:
             pass
 

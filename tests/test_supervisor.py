@@ -8,14 +8,28 @@ import signal
 import socket
 import stat
 import threading
+import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from portico.configuration import Configuration, ProcessSettings
+from portico.supervision import Generation, Stage, Stop, Worker, note_end
+from portico.supervisor import Supervisor
+from portico.systemd import Notifier
 from tests.supervised import ECHO, Supervised, supervised
 from tests.support import PATIENCE, Client, eventually, goodbye, received
+from tests.tls import Authority
+
+
+def waiting_for(gate: Path) -> str:
+    """Return a handler whose ``slow`` lasts until there is a file."""
+    wait = f"while not os.path.exists({str(gate)!r}): portico.sleep(0.01)"
+    return ECHO.replace("portico.sleep(0.7)", wait)
+
 
 SECOND = ECHO.replace('VERSION = b""', 'VERSION = b"second "')
 BROKEN = "import nothing_of_this_name\n"
@@ -171,6 +185,75 @@ def test_a_worker_that_does_not_come_to_serve_is_ended_and_says_where_it_was(
         assert program.find("is killed: it does not serve after 1.5 s")
 
 
+def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> None:
+    """The supervisor waits for a reader of its log, with its listeners open."""
+    path, pid_file, log = tmp_path / "echo", tmp_path / "pid", tmp_path / "log"
+    os.mkfifo(log)
+    with supervised(
+        tmp_path, addresses=(f"unix:{path}",), pid_file=str(pid_file), log_file=str(log)
+    ) as program:
+        eventually(lambda: path.exists() and pid_file.exists())
+        program.send(signal.SIGTERM)
+        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+        program.wait_silent()
+        os.close(reader)
+        assert program.wait_ended() == 0
+        assert program.find(r"stops \(SIGTERM\)")
+        assert not program.find("worker")
+        assert not path.exists()
+        assert not pid_file.exists()
+
+
+def test_when_another_worker_starts_is_said_once_and_not_of_one_that_went_as_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configuration = Configuration(process=ProcessSettings(workers=2), services=())
+    supervisor = Supervisor(lambda: configuration, configuration, Notifier.take({}))
+    now = time.monotonic()
+    failed = partial(note_end, worker=Worker(1, 1, Stage.STARTING, now, now), now=now, reason="")
+    asked = Worker(1, 1, Stage.DRAINING, now, now)
+    supervisor._serving = Generation(1)
+    supervisor._change(1, failed)
+    assert "starts another worker in 0.5 s" in capsys.readouterr().err
+    supervisor._change(1, failed)
+    supervisor._change(1, lambda each: note_end(each, asked, now, ""))
+    supervisor._serving, supervisor._stop = Generation(1), Stop.DRAIN
+    supervisor._change(1, failed)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alone(
+    tmp_path: Path,
+) -> None:
+    with supervised(tmp_path, waiting_for(tmp_path / "gate"), workers=1) as program:
+        program.wait_ready(1)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            assert client.recv(64)
+            client.sendall(b"slow\n")
+            settings = tmp_path / "settings.json"
+            settings.unlink()
+            os.mkfifo(settings)
+            program.send(signal.SIGUSR2)
+            program.wait_for("starts another supervisor")
+            program.send(signal.SIGTERM)
+            program.wait_for(r"the other supervisor was killed by SIGTERM before it served$")
+            (tmp_path / "gate").touch()
+            assert client.recv(64) == b"slow\n"
+        program.wait_silent()
+
+
+def test_limits_of_time_may_be_longer_than_the_system_waits_at_once(tmp_path: Path) -> None:
+    month = 30 * 24 * 3600
+    with supervised(tmp_path, worker_timeout=month, start_timeout=1e300) as program:
+        program.wait_ready(2)
+        assert program.ask() == b"hello\n"
+        program.write(SECOND)
+        hand_over(program)
+        eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+
+
 # --- more and less -----------------------------------------------------------------------
 
 
@@ -232,7 +315,7 @@ def test_a_reload_serves_with_other_code_and_finishes_with_the_earlier(tmp_path:
         program.stop()
 
 
-@pytest.mark.parametrize("reason", ["code", "settings", "address"])
+@pytest.mark.parametrize("reason", ["code", "settings", "nonsense", "address"])
 def test_a_reload_that_cannot_start_leaves_what_serves(tmp_path: Path, reason: str) -> None:
     with supervised(tmp_path) as program, socket.create_server(("127.0.0.1", 0)) as taken:
         program.wait_ready(2)
@@ -242,6 +325,8 @@ def test_a_reload_that_cannot_start_leaves_what_serves(tmp_path: Path, reason: s
             program.write(BROKEN)
         elif reason == "settings":
             program.write(process=process | {"max_requests": 0})
+        elif reason == "nonsense":  # of which the reader of this program knows nothing
+            program.write(services=[{}])
         else:
             occupied = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
             program.write(services=[services[0] | {"addresses": [occupied]}])
@@ -253,6 +338,26 @@ def test_a_reload_that_cannot_start_leaves_what_serves(tmp_path: Path, reason: s
         program.send(signal.SIGHUP)
         program.wait_for("serves as reloaded")
         eventually(lambda: program.ask() == b"second hello\n")
+        program.stop()
+
+
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_failed_reload_leaves_as_many_workers_as_there_were(tmp_path: Path, other: int) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        before = program.workers()
+        process = program.told["process"]
+        program.write(BROKEN, process=process | {"workers": other})
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before: .+")
+        program.write(SECOND)
+        program.send(signal.SIGHUP)
+        program.wait_for("serves as reloaded")
+        assert not program.find("starts another worker|it is one too many")
+        assert len(program.find("could not start")) <= other
+        program.wait_for("has ended", 2)
+        assert len(program.workers()) == other
+        assert not {*before} & {*program.workers()}
         program.stop()
 
 
@@ -280,6 +385,30 @@ def test_a_reload_opens_addresses_that_came_and_closes_those_that_went(tmp_path:
         assert not other.exists()
 
 
+def test_who_connects_to_an_address_that_went_is_refused_while_the_last_drain(
+    tmp_path: Path,
+) -> None:
+    gate = tmp_path / "gate"
+    addresses = ("tcp://127.0.0.1:0", "tcp://[::1]:0")
+    with supervised(tmp_path, waiting_for(gate), addresses=addresses) as program:
+        program.wait_ready(2)
+        port = int(program.wait_for(r"ready on tcp://\[::1\]:(\d+)")[1])
+        with Client(socket.AF_INET6, socket.SOCK_STREAM) as early:
+            early.connect(("::1", port))
+            early.sendall(b"slow\n")
+            first = program.told["services"][0]
+            program.write(services=[first | {"addresses": addresses[:1]}])
+            program.send(signal.SIGHUP)
+            program.wait_for(r"serves tcp://\[::1\].* no more")
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("::1", port), PATIENCE)
+            assert program.ask() == b"hello\n"
+            gate.touch()
+            assert early.recv(64) == b"slow\n"
+        program.wait_for("has ended", 2)
+        program.stop()
+
+
 def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: Path) -> None:
     """One that drains would close them at the end of its time."""
     limits = {"max_connections": 2}
@@ -300,6 +429,64 @@ def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: 
             assert int(worker.split()[1]) == program.workers()[-1]
             second.sendall(b"and half\n")
             assert second.recv(64) == b"half and half\n"
+        program.stop()
+
+
+def shown_certificate(program: Supervised, authority: Authority) -> bytes | None:
+    """Return the certificate that a client is shown, which it trusts and is answered with."""
+    port = int(program.wait_for(r"ready on tls://127.0.0.1:(\d+)")[1])
+    with Client(socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.connect(("127.0.0.1", port))
+        with authority.client().wrap_socket(client, server_hostname="localhost") as tls:
+            tls.sendall(b"hello\n")
+            assert tls.recv(64) == b"hello\n"
+            return tls.getpeercert(binary_form=True)
+
+
+@pytest.mark.parametrize("engine", ["threads", "green"])
+def test_a_reload_serves_with_another_certificate_and_keeps_the_one_before_a_broken_one(
+    tmp_path: Path, authority: Authority, engine: str
+) -> None:
+    """The settings name other files each time, which nobody but a reload looks at."""
+    first, second = authority.issue(), authority.issue()
+    broken = tmp_path / "broken.pem"
+    broken.write_text("nothing of the kind\n")
+    files = {"cert": str(first.certificate), "key": str(first.key)}
+    with supervised(
+        tmp_path, engine=engine, addresses=("tls://127.0.0.1:0",), settings=files
+    ) as program:
+        program.wait_ready(2)
+        assert shown_certificate(program, authority) == first.der
+        service = program.told["services"][0]
+
+        def reload(**files: str) -> None:
+            program.write(services=[service | {"settings": service["settings"] | files}])
+            program.send(signal.SIGHUP)
+
+        reload(cert=str(broken))
+        found = program.wait_for("cannot reload, and serves as before: (.*)")
+        assert "broken.pem" in found[1]
+        assert shown_certificate(program, authority) == first.der
+        reload(cert=str(second.certificate), key=str(second.key))
+        program.wait_for("serves as reloaded")
+        eventually(lambda: shown_certificate(program, authority) == second.der)
+        program.wait_for("has ended", 2)
+        assert shown_certificate(program, authority) == second.der
+        program.stop()
+
+
+def test_a_reload_says_what_it_cannot_change(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        process = program.told["process"] | {"workers": None, "pid_file": str(tmp_path / "pid")}
+        program.write(process=process)
+        program.send(signal.SIGHUP)
+        program.wait_for("keeps pid_file=None: a reload does not change it")
+        program.wait_for("keeps one worker: a reload does not change workers to none")
+        program.wait_for("serves as reloaded")
+        program.wait_for("has ended", 2)
+        assert len(program.workers()) == 1
+        assert not (tmp_path / "pid").exists()
         program.stop()
 
 
@@ -358,6 +545,92 @@ def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_p
         assert not pid_file.exists()
 
 
+def test_places_of_a_predecessor_that_is_killed_are_free_again(tmp_path: Path) -> None:
+    source = waiting_for(tmp_path / "gate")
+    with supervised(tmp_path, source, workers=1, settings={"max_connections": 1}) as program:
+        program.wait_ready(1)
+        first, (worker,) = program.pid, program.workers()
+        with program.connect() as early, program.connect() as late:
+            early.sendall(b"hello\n")
+            assert early.recv(64) == b"hello\n"
+            early.sendall(b"slow\n")
+            hand_over(program)
+            for process in (first, worker):
+                os.kill(process, signal.SIGKILL)
+            assert program.wait_ended() == -signal.SIGKILL
+            late.sendall(b"hello\n")
+            assert late.recv(64) == b"hello\n"
+        program.stop()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
+    tmp_path: Path, times: int
+) -> None:
+    gate = tmp_path / "gate"
+    with supervised(tmp_path, waiting_for(gate), workers=1) as program:
+        program.wait_ready(1)
+        first = program.pid
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            assert client.recv(64)
+            client.sendall(b"slow\n")
+            hand_over(program)
+            os.kill(first, signal.SIGTERM)
+            program.wait_for(r"stops \(SIGTERM\)")
+            if times == 1:
+                gate.touch()
+                assert client.recv(64) == b"slow\n"
+            else:
+                os.kill(first, signal.SIGTERM)
+                program.wait_for(r"stops at once \(SIGTERM again\)")
+                assert goodbye(client) == b""
+        program.wait_for("has handed over after")
+        assert program.wait_ended() == 0
+        program.stop()
+
+
+@pytest.mark.parametrize("workers", [1, None])
+def test_the_pid_file_is_a_successors_whose_predecessor_was_killed_meanwhile(
+    tmp_path: Path, workers: int | None
+) -> None:
+    gate, pid_file = tmp_path / "gate", tmp_path / "pid"
+    slow = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(gate)!r}).exists(): time.sleep(0.01)\n"
+    )
+    with supervised(tmp_path, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
+        program.write(slow + SECOND)
+        program.send(signal.SIGUSR2)
+        heir = int(program.wait_for(r"starts another .* \(process (\d+)\)")[1])
+        program.send(signal.SIGKILL)
+        program.wait_ended()
+        gate.touch()
+        program.wait_ready(0, 2)
+        eventually(lambda: int(pid_file.read_text()) == heir)
+        assert program.ask() == b"second hello\n"
+        program.pid = heir
+        program.stop()
+        assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("workers", [1, None])
+def test_every_successor_has_the_pid_file_open(tmp_path: Path, workers: int | None) -> None:
+    """So it can write there even as a user who may not open it."""
+    pid_file = tmp_path / "pid"
+    with supervised(tmp_path, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
+        for number in range(2):
+            program.send(signal.SIGUSR2)
+            program.pid = int(
+                program.wait_for(r"leaves everything to process (\d+)", number + 1)[1]
+            )
+            assert int(pid_file.read_text()) == program.pid
+            assert open_files(program.pid).count(str(pid_file)) == 1
+        program.stop()
+        assert not pid_file.exists()
+
+
 def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> None:
     with supervised(tmp_path) as program:
         program.wait_ready(2)
@@ -390,6 +663,27 @@ def test_one_successor_at_a_time_and_none_before_it_serves(tmp_path: Path) -> No
         program.wait_for("starts another supervisor")
         program.send(signal.SIGUSR2)
         program.wait_for(r"another supervisor \(process \d+\) is starting already")
+        program.stop()
+        assert program.wait_ended() == 0
+
+
+@pytest.mark.parametrize("workers", [1, None])
+def test_a_successor_that_hangs_is_killed_and_another_one_can_be_tried(
+    tmp_path: Path, workers: int | None
+) -> None:
+    """It waits for somebody who writes its settings."""
+    with supervised(tmp_path, workers=workers, start_timeout=1.2) as program:
+        program.wait_ready(workers or 0)
+        settings = tmp_path / "settings.json"
+        settings.unlink()
+        os.mkfifo(settings)
+        program.send(signal.SIGUSR2)
+        program.wait_for(
+            r"was killed by SIGKILL \(it did not serve in time\) before it served; this one goes on"
+        )
+        assert program.ask() == b"hello\n"
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another", 2)
         program.stop()
         assert program.wait_ended() == 0
 
@@ -480,6 +774,44 @@ def test_the_log_is_opened_again_in_every_process(tmp_path: Path, workers: int |
         assert " drains" not in moved.read_text()
 
 
+@pytest.mark.parametrize("workers", [2, None])
+def test_what_was_counted_is_said_for_each_address_while_it_serves(
+    tmp_path: Path, workers: int | None
+) -> None:
+    addresses = ("tcp://127.0.0.1:0", "udp://127.0.0.1:0")
+    source = ECHO.replace("class Echo(", "class Lines(") + (
+        "\ndef Echo(request, client, server):\n"
+        "    if not isinstance(request, tuple):\n        Lines(request, client, server)\n"
+    )
+    with supervised(tmp_path, source, workers=workers, addresses=addresses) as program:
+        program.wait_ready(workers or 0, 2)
+        assert program.ask() == b"hello\n"
+        with program.connect() as client:
+            client.sendall(b"here\n")
+            assert client.recv(64) == b"here\n"
+
+            def is_told() -> bool:  # the end of the first one is counted after its last byte
+                program.send(signal.SIGUSR1)
+                program.wait_for("udp://127.0.0.1:.* 0 accepted, 0 served;")
+                return bool(
+                    program.find("tcp://127.0.0.1:.* 2 accepted, 1 served, 1 open; 6 bytes")
+                )
+
+            eventually(is_told)
+        program.stop()
+
+
+def test_the_last_words_tell_of_each_address(tmp_path: Path) -> None:
+    with supervised(tmp_path) as program:
+        program.wait_ready(2)
+        assert program.ask() == b"hello\n"
+        port = program.port
+        program.stop()
+        assert program.find(
+            rf"^portico: tcp://127.0.0.1:{port}: 1 accepted, 1 served; 6 bytes received, 6 sent$"
+        )
+
+
 def test_a_worker_has_no_file_open_of_its_supervisors(tmp_path: Path) -> None:
     """Neither the pid file, which it could write to, nor the log a second time."""
     log, moved, pid_file = tmp_path / "log", tmp_path / "moved", tmp_path / "pid"
@@ -551,7 +883,9 @@ def test_it_stays_when_its_successor_cannot_serve(tmp_path: Path) -> None:
         program.wait_ready(0)
         program.write(BROKEN)
         program.send(signal.SIGUSR2)
-        program.wait_for(r"process \d+ exited with status 2 before it served")
+        program.wait_for(
+            "the other process exited with status 2 before it served; this one goes on"
+        )
         assert program.ask() == b"hello\n"
         program.stop()
         assert program.wait_ended() == 0

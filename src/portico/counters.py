@@ -30,6 +30,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import starmap
 from types import MappingProxyType
 from typing import Final, Self
 from weakref import WeakSet
@@ -37,7 +38,7 @@ from weakref import WeakSet
 from portico.bell import Bell
 from portico.counts import CELLS, OF_THE_LIVING, REASONS, Cell, Counts, Totals
 from portico.errors import CountersError
-from portico.processes import is_alive
+from portico.processes import birth, is_alive
 
 MAGIC: Final = int.from_bytes(b"portico#", "little")
 LAYOUT: Final = 1
@@ -96,6 +97,9 @@ class _Plate(IntEnum):
     OWNER = 1
     """The process that writes it."""
     HEARTBEAT = 2
+    CLAIMANT_BEGAN = 3
+    OWNER_BEGAN = 4
+    """When these processes began, as `birth` says it: their numbers may be others' later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,7 @@ class Row:
         self.counters = counters
         self.number = number
         self._plate = counters.plate(number)
+        self._plate[_Plate.OWNER_BEGAN] = birth(os.getpid())
         self._plate[_Plate.OWNER] = os.getpid()
         self.beat()
 
@@ -365,6 +370,7 @@ class Counters:
                 if not plate[_Plate.CLAIMANT]:
                     plate[_Plate.OWNER] = 0
                     plate[_Plate.HEARTBEAT] = time.monotonic_ns()
+                    plate[_Plate.CLAIMANT_BEGAN] = birth(os.getpid())
                     plate[_Plate.CLAIMANT] = os.getpid()
                     self._memory[_Header.USED] = max(self._memory[_Header.USED], number + 1)
                     return number
@@ -391,10 +397,16 @@ class Counters:
             How many there were.
         """
         with self._locked():
-            rows = [row for row in self._live_rows() if not any(map(is_alive, self._who(row)))]
+            rows = [row for row in self._live_rows() if not any(starmap(is_alive, self._who(row)))]
             for number in rows:
                 self._release(number)
             return len(rows)
+
+    def has_rows_of_others(self) -> bool:
+        """Say whether a row belongs to another supervisor than this process, alive or not."""
+        with self._locked():
+            own = os.getpid()
+            return any(self.plate(row)[_Plate.CLAIMANT] != own for row in self._live_rows())
 
     def pulse(self, number: int) -> Pulse:
         """Say how a worker is."""
@@ -445,9 +457,13 @@ class Counters:
         used = self._memory[_Header.USED]
         return [row for row in range(used) if self.plate(row)[_Plate.CLAIMANT]]
 
-    def _who(self, row: int) -> tuple[int, int]:
+    def _who(self, row: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return who claimed a row and who writes it, each with when that process began."""
         plate = self.plate(row)
-        return plate[_Plate.CLAIMANT], plate[_Plate.OWNER]
+        return (
+            (plate[_Plate.CLAIMANT], plate[_Plate.CLAIMANT_BEGAN]),
+            (plate[_Plate.OWNER], plate[_Plate.OWNER_BEGAN]),
+        )
 
     def _sum_of_row(self, row: int) -> Counts:
         numbers = (FORMER, *self._known().values())

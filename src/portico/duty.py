@@ -7,7 +7,7 @@ are, to `portico.program`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -15,7 +15,8 @@ from typing import Final
 from portico import logs, systemd, target
 from portico.configuration import ProcessSettings, ServiceSettings
 from portico.console import say
-from portico.errors import SettingError
+from portico.counts import Counts
+from portico.errors import PorticoError, SettingError
 from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
 from portico.service import Assignment, Opening, Tally
@@ -54,6 +55,14 @@ def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
             target.check_scheme(each.target, handler, scheme_of(address))
             assignments.append(Assignment(handler, address, each.settings))
     return assignments
+
+
+def attempt(change: Callable[[], object]) -> None:
+    """Do what a service can do without: an error is said, and it serves on."""
+    try:
+        change()
+    except PorticoError as error:
+        say(str(error))
 
 
 @contextmanager
@@ -147,3 +156,23 @@ def counted(served: int, **others: int) -> str:
     words = [f"{served} request{'s' * (served != 1)} served"]
     words += [f"{count} {name.replace('_', ' ')}" for name, count in others.items() if count]
     return ", ".join(words)
+
+
+def say_counts(at: Mapping[str, Counts]) -> None:
+    """Say what was counted so far, in a line for each address."""
+    for address, each in at.items():
+        say(f"{address}: {described(each)}")
+
+
+def described(counts: Counts) -> str:
+    """Say all that was counted; of what did not happen only what would be missed."""
+    served = f"{counts.finished + counts.failed + counts.peer_gone} served"
+    if counts.failed:
+        served += f" ({counts.failed} failed)"
+    words = [f"{counts.accepted} accepted", served]
+    refused = [f"{number} {reason}" for reason, number in counts.refused_by.items() if number]
+    if refused:
+        words.append(f"{counts.refused} refused ({', '.join(refused)})")
+    others = {"cut off": counts.cut_off, "lost": counts.lost, "open": counts.active}
+    words += [f"{number} {name}" for name, number in others.items() if number]
+    return f"{', '.join(words)}; {counts.received} bytes received, {counts.sent} sent"

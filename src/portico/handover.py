@@ -15,9 +15,11 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +34,16 @@ from portico.systemd import passed_sockets
 
 VARIABLE: Final = "PORTICO_HERITAGE"
 """The environment variable.  Not a setting: it names descriptors, which only an heir has."""
+
+
+END_PATIENCE: Final = 1.0
+"""Seconds that an heir has to end in which has closed its channel, before it is killed."""
+
+LOOK_INTERVAL: Final = 0.05
+"""Seconds between two looks at whether an heir has ended, where no signal tells."""
+
+LONGEST_WAIT: Final = 3600.0
+"""Seconds of one wait, however far the deadline is: poll(2) takes no more than 24 days."""
 
 
 class HandoverError(PorticoError, OSError):
@@ -65,6 +77,9 @@ class Heirloom:
             )
             family = socket.AddressFamily(bound.family)
             place = Place(address, family, bound.getsockname(), is_both)
+            # A socket made of a descriptor believes that it waits.  A copy of it would have that be
+            # so, for every process that accepts from this listener.
+            bound.setblocking(bound.type != socket.SOCK_STREAM)
         except OSError as error:
             reason = f"descriptor {self.descriptor} is no listener for {address}: {error.strerror}"
             raise HandoverError(f"{VARIABLE}: {reason}") from error
@@ -85,12 +100,14 @@ class Heritage:
         predecessor: Its process.
         listeners: Those that it had open.
         counters: What `Counters.adopt` takes; ``None`` if it had none.
+        pid_file: The descriptor of its pid file; ``None`` if it had none.
     """
 
     channel: Channel
     predecessor: int
     listeners: tuple[Heirloom, ...]
     counters: str | None
+    pid_file: int | None = None
 
 
 def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | None:
@@ -117,7 +134,9 @@ def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | N
         )
         channel, predecessor = int(told["channel"]), int(told["predecessor"])
         counters = told["counters"]
-        for descriptor in (channel, *(each.descriptor for each in listeners)):
+        pid_file = None if told.get("pid_file") is None else int(told["pid_file"])
+        own = (channel,) if pid_file is None else (channel, pid_file)
+        for descriptor in (*own, *(each.descriptor for each in listeners)):
             os.set_inheritable(descriptor, False)
         if told["passed"]:  # which were passed to another process, the first one
             variables["LISTEN_PID"] = str(os.getpid())
@@ -126,7 +145,8 @@ def inherit(environment: MutableMapping[str, str] | None = None) -> Heritage | N
         end = Channel(socket.socket(fileno=channel))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HandoverError(f"{VARIABLE}: expected what a predecessor sets ({error})") from error
-    return Heritage(end, predecessor, listeners, None if counters is None else str(counters))
+    counters = None if counters is None else str(counters)
+    return Heritage(end, predecessor, listeners, counters, pid_file)
 
 
 @dataclass(slots=True)
@@ -136,49 +156,98 @@ class Heir:
     Attributes:
         process: Its number.
         channel: To it.
-        is_serving: Whether it has taken over.
+        deadline: The instant at which it is killed, if it does not serve by then.
+        taken: The addresses of the listeners that it has taken, since it serves; ``None`` before.
+        end: How it has ended instead, in words; empty before.
     """
 
     process: int
     channel: Channel
-    is_serving: bool = False
+    deadline: float = inf
+    taken: list[str] | None = None
+    end: str = ""
+    _overdue: str = "it did not serve in time"
+    _killed_for: str = ""
+    _is_silent: bool = False
 
-    def wait_serving(self, timeout: float | None) -> list[str] | None:
-        """Wait until it has taken over; it is killed if that takes too long.
+    @property
+    def is_serving(self) -> bool:
+        """Whether it has taken over."""
+        return self.taken is not None
 
-        Args:
-            timeout: Seconds; ``None`` for no limit.
+    def fileno(self) -> int | None:
+        """Return what is readable when it says something; ``None`` if it has no more to say."""
+        return None if self._is_silent or self.is_serving else self.channel.fileno()
+
+    def attend(self) -> bool:
+        """Take note of what it says, that its time is over, and that it has ended; never waits.
 
         Returns:
-            The addresses of the listeners that it has taken; ``None`` if it ends instead.
+            Whether its fate is settled: it serves, or has ended and is collected.
         """
-        poll = select.poll()
-        poll.register(self.channel, select.POLLIN)
-        while True:
-            if not poll.poll(None if timeout is None else timeout * 1000):
-                with suppress(ProcessLookupError):
-                    os.kill(self.process, signal.SIGKILL)
-            messages = self.channel.receive()
-            if messages is None:
-                self.channel.close()
-                return None
-            for message in messages:
-                if message["kind"] == "serving":
-                    self.is_serving = True
-                    return list(message.get("listeners", ()))
+        if not self._is_silent:
+            self._listen()
+        if not self.is_serving:
+            if self.deadline <= time.monotonic():
+                self._kill()
+            self._collect()
+        return self.is_serving or bool(self.end)
 
-    def wait(self) -> str:
-        """Collect it, now that it has ended, and say how it did."""
-        with suppress(ChildProcessError):
-            _, status = os.waitpid(self.process, 0)
-            return said_end(status)
-        return "ended"
+    def wait(self) -> bool:
+        """Wait until its fate is settled; return whether it serves."""
+        while not self.attend():
+            poll = select.poll()
+            number = self.fileno()
+            if number is not None:
+                poll.register(number, select.POLLIN)
+            longest = LOOK_INTERVAL if number is None else LONGEST_WAIT
+            pause = min(self.deadline - time.monotonic(), longest)
+            poll.poll(ceil(max(0.0, pause) * 1000))
+        return self.is_serving
+
+    def stop(self) -> None:
+        """Have it end, if it does not serve: nobody is left to take over from."""
+        if not self.is_serving and not self.end:
+            with suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGTERM)
+
+    def _listen(self) -> None:
+        messages = self.channel.receive()
+        for message in messages or ():
+            if message["kind"] == "serving":
+                self.taken = list(message.get("listeners", ()))
+        if messages is None:
+            # It ends, or else nobody will ever hear that it serves.
+            self._is_silent = True
+            self.channel.close()
+            if self.deadline > (soon := time.monotonic() + END_PATIENCE):
+                self.deadline, self._overdue = soon, "it had closed its channel"
+
+    def _kill(self) -> None:
+        self.deadline, self._killed_for = inf, self._overdue
+        with suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
+
+    def _collect(self) -> None:
+        try:
+            process, status = os.waitpid(self.process, os.WNOHANG)
+        except ChildProcessError:
+            self.end = "ended"
+        else:
+            if not process:
+                return
+            self.end = said_end(status)
+        if self._killed_for:
+            self.end += f" ({self._killed_for})"
+        self.channel.close()
 
 
 def start_heir(
     listeners: Sequence[tuple[Address, OpenListener]],
     counters: Counters | None = None,
     variables: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    pid_file: int | None = None,
 ) -> Heir:
     """Start the command line of this process again, and let it have what this one holds.
 
@@ -186,24 +255,25 @@ def start_heir(
         listeners: Each with the address that was asked for.
         counters: What is counted in, if it can be shared.
         variables: More for its environment.
+        timeout: Seconds until it has to serve; ``None`` for no limit.
+        pid_file: The descriptor of the pid file, if there is one.
 
     Raises:
         OSError: The system refuses.
     """
     ours, theirs = Channel.pair()
     try:
-        with _inheritable(theirs.fileno(), *_descriptors(listeners)):
-            if counters is None:
-                process = _spawn(theirs, listeners, None, variables or {})
-            else:
-                with counters.inheritable() as text:
-                    process = _spawn(theirs, listeners, text, variables or {})
+        own = (theirs.fileno(),) if pid_file is None else (theirs.fileno(), pid_file)
+        with ExitStack() as lent:
+            lent.enter_context(_inheritable(*own, *_descriptors(listeners)))
+            text = None if counters is None else lent.enter_context(counters.inheritable())
+            process = _spawn(theirs, listeners, text, pid_file, variables or {})
     except BaseException:
         ours.close()
         raise
     finally:
         theirs.close()
-    return Heir(process, ours)
+    return Heir(process, ours, inf if timeout is None else time.monotonic() + timeout)
 
 
 def said_end(status: int) -> str:
@@ -221,12 +291,14 @@ def _spawn(
     channel: Channel,
     listeners: Sequence[tuple[Address, OpenListener]],
     counters: str | None,
+    pid_file: int | None,
     variables: Mapping[str, str],
 ) -> int:
     told = {
         "channel": channel.fileno(),
         "predecessor": os.getpid(),
         "counters": counters,
+        "pid_file": pid_file,
         "passed": [each.name for each in passed_sockets()],
         "listeners": [
             {

@@ -36,16 +36,28 @@ class PidFile:
 
     Args:
         path: Where; ``None`` for no file at all.
-        predecessor: The process that hands its file over later.  Until then its number in the file
-            is no error, and the file is left alone.
+        predecessor: The process whose file it is until `take_over`.  Its number in the file is no
+            error, and until then the file is left alone.
+        descriptor: What the predecessor has open of its file: by it this process may write there,
+            whatever user it has become.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, predecessor: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        predecessor: int | None = None,
+        descriptor: int | None = None,
+    ) -> None:
         # Absolute: the process may change its directory before it removes the file.
         self._path = None if path is None else Path(path).absolute()
         self._predecessor = predecessor
-        self._descriptor: int | None = None
+        self._descriptor = descriptor
         self._process = os.getpid()
+
+    @property
+    def descriptor(self) -> int | None:
+        """What a successor is to inherit; ``None`` if there is no file."""
+        return self._descriptor
 
     def __enter__(self) -> Self:
         """Make the file, in the place of one whose process is gone.
@@ -54,14 +66,18 @@ class PidFile:
             PidFileError: Another process has it and is alive, or the system refuses.
         """
         self._process = os.getpid()
-        if self._path is not None:
-            try:
-                with alone_in(self._path.parent):
-                    self._take(self._path)
-            except PidFileError:
-                raise
-            except OSError as error:
-                raise _failure(self._path, error.strerror or str(error)) from error
+        if self._path is None:
+            self.close()
+            return self
+        try:
+            with alone_in(self._path.parent):
+                self._take(self._path)
+        except PidFileError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise _failure(self._path, error.strerror or str(error)) from error
         return self
 
     def __exit__(
@@ -86,30 +102,50 @@ class PidFile:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def hand_over(self, pid: int) -> None:
-        """Write the number of another process into the file, which is that one's from now on.
+    def take_over(self) -> None:
+        """Write the number of this process over that of its predecessor.
+
+        It may be dead by now, and nobody else would.
 
         Raises:
             PidFileError: The system refuses.
         """
+        if self._predecessor is not None:
+            self._exchange(self._predecessor, self._process)
+
+    def hand_over(self, pid: int) -> None:
+        """Write the number of another process into the file, which is that one's from now on.
+
+        Nothing is done if it has taken the file over already.
+
+        Raises:
+            PidFileError: The system refuses.
+        """
+        self._exchange(self._process, pid)
+
+    def _exchange(self, before: int, after: int) -> None:
+        """Write a number over another one, if it is there."""
         if self._path is None:
             return
         try:
             with alone_in(self._path.parent):
-                if _read(self._path) == self._process:
-                    self._write(pid)
+                if _read(self._path) == before:
+                    self._write(after)
         except OSError as error:
             raise _failure(self._path, error.strerror or str(error)) from error
 
     def _take(self, path: Path) -> None:
         """Make the file, or find that it is this process's already."""
         found = _read(path)
+        if self._descriptor is not None and not _is_open_on(self._descriptor, path):
+            self.close()  # another file, of other settings
         if found is not None and found == self._predecessor:
             return
         if found == os.getpid() and self._predecessor is not None:
             return  # handed over already
         if found is not None and _has_written(found, path):
             raise _failure(path, f"process {found} ({command(found)}) has it, and is alive")
+        self.close()
         self._make(path)
 
     def _make(self, path: Path) -> None:
@@ -146,6 +182,13 @@ class PidFile:
         except PermissionError:
             if self._descriptor is not None:
                 os.ftruncate(self._descriptor, 0)
+
+
+def _is_open_on(descriptor: int, path: Path) -> bool:
+    """Say whether a descriptor is open on the very file that has a path."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    return False
 
 
 def _read(path: Path) -> int | None:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from portico.acceptor import Wakeup
 from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
-from portico.counters import Counters, Row
+from portico.counters import Counters, Row, Station
+from portico.counts import Counts
 from portico.drain import LAST_WORDS
 from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
@@ -208,6 +209,7 @@ class Service:
         self._drain_timeout = _longest(each.drain_timeout for each in settings.values())
         self._servers: list[AdoptingMixIn] = []
         self._counters: list[Counter] = []
+        self._stations: dict[str, Station] = {}
         self._is_running = False
         self._is_in_loop = False
         self._is_stopping = False
@@ -224,7 +226,8 @@ class Service:
             names = station_names(listeners)
             cells = Row(Counters.private(names), 0) if row is None else row
             for assignment, opened, name in zip(assignments, listeners, names, strict=True):
-                own, station = assignment.settings, cells.station(name)
+                own = assignment.settings
+                station = self._stations[name] = cells.station(name)
                 settled = own.resolved(limit, share)
                 places = None
                 if row is not None and settled.max_connections is not None:
@@ -296,6 +299,13 @@ class Service:
     def servers(self) -> Sequence[AdoptingMixIn]:
         """The servers, in the order of their assignments."""
         return self._servers
+
+    def counts(self) -> dict[str, Counts]:
+        """Return what this process has counted so far, by the address.  Callable from any thread.
+
+        A second server of an address has a number behind it.
+        """
+        return {name: each.counts for name, each in self._stations.items()}
 
     def reload_certificates(self) -> bool:
         """Read the certificates and keys again; say whether all of them are in use now.

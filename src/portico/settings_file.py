@@ -124,6 +124,9 @@ class SettingsFile:
             return tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise self._malformed(str(error), text) from None
+        except (RecursionError, ValueError):  # of which the parser says nothing better
+            expected = "expected no deeper nesting, and no longer number, than can be read"
+            raise SettingsFileError(self.shown, expected) from None
 
     def _malformed(self, told: str, text: str) -> SettingsFileError:
         """Return the error for what is no TOML, with its place in front as in other tools."""

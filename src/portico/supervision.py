@@ -131,6 +131,7 @@ class Generation:
 
     Attributes:
         number: Which; later ones have larger numbers.
+        wanted: How many of its workers are to serve; 1 or more.
         limits: What its workers may do.
         failures: How many in a row could not start.
         retry: The instant before which none is started.
@@ -139,6 +140,7 @@ class Generation:
     """
 
     number: int
+    wanted: int = 1
     limits: Limits = Limits()
     failures: int = 0
     retry: float = -inf
@@ -152,7 +154,6 @@ class Situation:
 
     Attributes:
         workers: Those that have not been seen to end.
-        wanted: How many are to serve; 1 or more.
         serving: The generation that serves; ``None`` before the first does.
         upcoming: The one that is to take over; ``None`` if there is none.
         is_heir: Whether another supervisor serves until the first generation of this one does.
@@ -160,7 +161,6 @@ class Situation:
     """
 
     workers: Sequence[Worker]
-    wanted: int
     serving: Generation | None = None
     upcoming: Generation | None = None
     is_heir: bool = False
@@ -368,13 +368,13 @@ def _bring_up(situation: Situation) -> list[Action]:
     mine = [worker for worker in _living(situation) if worker.generation == upcoming.number]
     ready = sum(worker.stage is Stage.READY for worker in mine)
     has_predecessor = situation.serving is not None or situation.is_heir
-    if ready >= (situation.wanted if has_predecessor else 1):
+    if ready >= (upcoming.wanted if has_predecessor else 1):
         return [Adopt(upcoming.number)]
     if upcoming.failures and (has_predecessor or not mine):
         return [GiveUp(upcoming.number, upcoming.reason)]
     if upcoming.failures:
         return []  # the others may still come, and be enough to begin with
-    return [Start(upcoming.number)] * (situation.wanted - len(mine))
+    return [Start(upcoming.number)] * (upcoming.wanted - len(mine))
 
 
 def _keep_up(situation: Situation, now: float) -> list[Action]:
@@ -385,11 +385,11 @@ def _keep_up(situation: Situation, now: float) -> list[Action]:
     mine = [worker for worker in _living(situation) if worker.generation == serving.number]
     reasons = {worker.number: wear(worker, serving.limits) for worker in mine}
     ready = [worker for worker in mine if worker.stage is Stage.READY]
-    missing = situation.wanted - sum(not reason for reason in reasons.values())
+    missing = serving.wanted - sum(not reason for reason in reasons.values())
     actions = _start_missing(serving, missing, len(mine) - len(ready), now)
     # The worn ones first, and of the others the youngest.
     ready.sort(key=lambda worker: (not reasons[worker.number], -worker.number))
-    for worker in ready[: max(0, len(ready) - situation.wanted)]:
+    for worker in ready[: max(0, len(ready) - serving.wanted)]:
         actions.append(Drain(worker.number, reasons[worker.number] or "it is one too many"))
     has_wear = serving.limits.max_memory is not None
     if ready and (has_wear or any(worker.allowance is not None for worker in ready)):

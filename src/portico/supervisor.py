@@ -3,36 +3,35 @@
 Owns the generations of workers, the listeners that they share, and what signals mean.  Waits in one
 call for all that can happen: signals, what workers say, and the next instant at which something is
 due.  Leaves what to do next to `portico.supervision`, which only decides, the processes to
-`portico.workers`, and serving to `portico.worker`.
+`portico.workers`, serving to `portico.worker`, and another supervisor to `portico.succession`.
 
-The listeners are opened once.  None of them is closed while somebody may still wait in its queue:
-a worker that goes leaves it open for the others.
+The listeners are opened once.  None of them is closed while somebody accepts from it: a worker that
+goes leaves it open for the others, and the last one has it closed.
 """
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from math import ceil, inf
 from typing import Final, TypeAlias
 
 from portico import privileges
-from portico.configuration import MOST_WORKERS, Configuration
+from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
-from portico.duty import counted, expanded, log_kept, openings
-from portico.errors import CountersError, PorticoError
-from portico.handover import Heir, Heritage, start_heir
+from portico.duty import counted, described, expanded, log_kept, openings, say_counts
+from portico.errors import PorticoError
+from portico.handover import LONGEST_WAIT, Heritage
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.pidfile import PidFile
 from portico.service import STOP_PATIENCE, raise_descriptor_limit, station_names
 from portico.signals import SignalPipe
+from portico.succession import Succession
 from portico.supervision import (
     Adopt,
     Drain,
@@ -59,6 +58,10 @@ DRAIN_SLACK: Final = 2 * STOP_PATIENCE
 its own to end handlers, and more to tell than one that is killed."""
 
 
+FORMER_INTERVAL: Final = 1.0
+"""Seconds between two looks at whether a predecessor that counts with us has ended: places of
+`max_connections` that it had are free then, and nobody else may be left to see it."""
+
 SIGNALS: Final = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -70,6 +73,10 @@ SIGNALS: Final = (
     signal.SIGCHLD,
 )
 """What a supervisor hears."""
+
+
+OF_THE_START: Final = ("user", "group", "pid_file")
+"""Settings of the processes that a reload does not change: they are done with when it serves."""
 
 
 class SupervisorError(PorticoError, RuntimeError):
@@ -95,24 +102,22 @@ class Supervisor:
     ) -> None:
         self._load = load
         self._notifier = notifier
-        self._heritage = heritage
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
+        self._succession = Succession("supervisor", self._listeners, notifier, heritage)
         self._signals = SignalPipe(SIGNALS)
         self._workers = Workers(self._change, self._let_go)
         self._readings: dict[int, Reading] = {}
-        self._wanted = 0
         self._serving: Generation | None = None
         self._upcoming: Generation | None = None
         self._last_number = 0
         self._stop = Stop.NOT
+        self._is_told_to_end = False
         self._has_ended = False
         self._reload_is_due = False
         self._failure = ""
-        self._heir: Heir | None = None
-        self._handed_over: set[int] = set()
+        self._has_former = False
         self._first = configuration
         self._counters: Counters
-        self._pid_file: PidFile
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -123,17 +128,17 @@ class Supervisor:
         """
         process = self._first.process
         identity = privileges.find(process.user, process.group)
-        predecessor = None if self._heritage is None else self._heritage.predecessor
         raise_descriptor_limit()
         with ExitStack() as closing:
+            # First, and so left last: whatever is opened is closed again, and files are removed.
+            closing.enter_context(self._signals)
             closing.callback(self._listeners.close)
-            self._pid_file = closing.enter_context(PidFile(process.pid_file, predecessor))
-            self._counters = self._workers.counters = self._make_counters()
+            closing.enter_context(self._succession.pid_file(process.pid_file))
+            self._counters = self._workers.counters = self._succession.counters()
             closing.callback(self._counters.close)
             self._begin(self._first)
             privileges.drop(identity)
             closing.enter_context(log_kept(process))
-            closing.enter_context(self._signals)
             self._work()
         if self._failure:
             raise SupervisorError(self._failure)
@@ -142,6 +147,7 @@ class Supervisor:
 
     def _work(self) -> None:
         """Do what is due, and wait for what comes next, until nobody is left."""
+        self._hear()
         while not self._has_ended:
             until = self._act()
             if not self._has_ended:
@@ -149,10 +155,12 @@ class Supervisor:
         if self._failure:
             return
         seconds = time.monotonic() - self._started
-        if self._heir is not None and self._heir.is_serving:
+        if self._succession.has_handed_over:
             say(f"has handed over after {seconds:.1f} s")
             return
-        counts = self._counters.totals().sum
+        totals = self._counters.totals()
+        say_counts(totals.at)
+        counts = totals.sum
         served = counts.finished + counts.failed + counts.peer_gone
         words = counted(served, refused=counts.refused, cut_off=counts.cut_off, lost=counts.lost)
         say(f"stopped after {seconds:.1f} s: {words}")
@@ -163,10 +171,9 @@ class Supervisor:
             self._workers.look()
             situation = Situation(
                 self._workers.states,
-                self._wanted,
                 self._serving,
                 self._upcoming,
-                self._heritage is not None,
+                self._succession.predecessor is not None,
                 self._stop,
             )
             actions = decide(situation, time.monotonic())
@@ -182,7 +189,7 @@ class Supervisor:
     def _carry_out(self, action: object) -> None:
         match action:
             case Start(generation):
-                self._workers.start(self._readings[generation], self._wanted)
+                self._workers.start(self._readings[generation], self._wanted_of(generation))
             case Drain(worker, reason):
                 self._workers.drain(worker, self._rest_of, reason)
             case Report(worker, reason, by_signal):
@@ -203,19 +210,19 @@ class Supervisor:
     def _wait(self, until: float | None) -> None:
         """Wait until something happens, or until an instant, and take note of it."""
         ready = self._poll(until)
-        for each in self._workers:
-            if each.channel.fileno() in ready:
-                self._workers.listen(each)
-        if self._heir is not None and self._heir.channel.fileno() in ready:
-            self._listen_to_heir(self._heir)
-        for number in self._signals.take():
-            self._obey(number)
+        spoke = [each for each in self._workers if each.channel.fileno() in ready]
+        for each in spoke:
+            self._workers.listen(each)
+        if self._succession.attend() and self._stop is Stop.NOT:
+            self._stop = Stop.DRAIN
+        self._hear()
+        if self._has_former:
+            self._counters.release_abandoned()
+            self._has_former = self._counters.has_rows_of_others()
         has_any_ended = self._workers.collect()
         if self._stop is not Stop.NOT and self._workers.have_left:
-            # Those who connect now are refused, and try elsewhere; in the queue they would wait for
-            # the end of the drain, and then be reset.
-            self._listeners.close()
-        elif has_any_ended:
+            self._listeners.close()  # as `_tidy` does, but for whom nobody has to be left
+        elif has_any_ended or spoke:
             self._tidy()
 
     def _poll(self, until: float | None) -> set[int]:
@@ -225,19 +232,26 @@ class Supervisor:
         for each in self._workers:
             if not each.is_gone:
                 poll.register(each.channel, select.POLLIN)
-        if self._heir is not None and not self._heir.is_serving:
-            poll.register(self._heir.channel, select.POLLIN)
         now, interval = time.monotonic(), self._notifier.watchdog_interval
-        instants = [until if until is not None else inf]
+        instants = [now + LONGEST_WAIT, until if until is not None else inf]
+        instants.append(self._succession.deadline)
+        if (number := self._succession.fileno()) is not None:
+            poll.register(number, select.POLLIN)
         if interval is not None:
             instants.append(now + interval)
+        if self._has_former:
+            instants.append(now + FORMER_INTERVAL)
         pause = max(0.0, min(instants) - now)
-        ready = poll.poll(None if pause == inf else ceil(pause * 1000))
+        ready = poll.poll(ceil(pause * 1000))
         self._workers.excuse(now + pause)
         self._notifier.keep_alive()
         return {number for number, _ in ready}
 
     # --- signals --------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        for number in self._signals.take():
+            self._obey(number)
 
     def _obey(self, number: int) -> None:
         match number:
@@ -247,29 +261,34 @@ class Supervisor:
                 self._reload()
             case signal.SIGUSR1:
                 self._reopen()
+                self._say_counts()
             case signal.SIGUSR2 if self._stop is Stop.NOT:
                 self._hand_over()
             case signal.SIGTTIN if self._stop is Stop.NOT:
-                self._want(min(self._wanted + 1, MOST_WORKERS))
+                self._want(1)
             case signal.SIGTTOU if self._stop is Stop.NOT:
-                self._want(max(1, self._wanted - 1))
+                self._want(-1)
             case _:
                 pass
 
     def _end(self, why: str) -> None:
-        """Begin to end; the second time, at once."""
+        """Begin to end; the second time, at once.
+
+        A hand-over begins to end, too, and is none of the times.
+        """
+        if self._is_told_to_end:
+            if self._stop is not Stop.NOW:
+                say(f"stops at once ({why} again)")
+                self._stop = Stop.NOW
+            return
+        self._is_told_to_end = True
+        say(f"stops ({why})")
         if self._stop is Stop.NOT:
-            say(f"stops ({why})")
             self._stop = Stop.DRAIN
             generation = self._serving or self._upcoming
             within = None if generation is None else generation.limits.drain_timeout
             self._notifier.stopping("draining", within=within)
-            if self._heir is not None and not self._heir.is_serving:
-                with suppress(ProcessLookupError):
-                    os.kill(self._heir.process, signal.SIGTERM)
-        elif self._stop is Stop.DRAIN:
-            say(f"stops at once ({why} again)")
-            self._stop = Stop.NOW
+            self._succession.stop()
 
     def _reload(self) -> None:
         """Read the configuration and start workers with it; after the reload that is under way."""
@@ -280,9 +299,14 @@ class Supervisor:
         say("reloads")
         self._notifier.reloading("reloading")
         try:
-            self._begin(self._load())
-        except (PorticoError, OSError) as error:
-            self._failed_reload(str(error))
+            configuration = self._load()
+            self._begin(configuration)
+        except Exception as error:  # whatever it is, those that serve stay
+            has_words = isinstance(error, (PorticoError, OSError))
+            self._failed_reload(str(error) if has_words else f"{type(error).__name__}: {error}")
+            self._tidy()
+        else:
+            _say_kept(self._first.process, configuration.process)
 
     def _failed_reload(self, reason: str) -> None:
         say(f"cannot reload, and serves as before: {reason}")
@@ -298,9 +322,30 @@ class Supervisor:
             say("has opened its log again")
         self._workers.reopen_logs()
 
-    def _want(self, count: int) -> None:
-        if count != self._wanted:
-            self._wanted = count
+    def _say_counts(self) -> None:
+        """Say what all workers have counted so far; in sum, where systemd shows it."""
+        totals = self._counters.totals()
+        say_counts(totals.at)
+        self._notifier.status(described(totals.sum))
+
+    def _hand_over(self) -> None:
+        """Start another supervisor, which is to take over."""
+        if self._serving is None:
+            say("cannot hand over before it serves")
+            return
+        reading = self._readings[self._serving.number]
+        pairs = list(zip(reading.addresses, reading.listeners, strict=True))
+        self._succession.begin(pairs, reading.process, self._counters)
+
+    def _want(self, more: int) -> None:
+        """Have so many workers more, in a reload that is under way, too."""
+        before = self._newest
+        if self._serving is not None:
+            self._serving = _with_more(self._serving, more)
+        if self._upcoming is not None:
+            self._upcoming = _with_more(self._upcoming, more)
+        count = 0 if self._newest is None else self._newest.wanted
+        if before is not None and count != before.wanted:
             say(f"is to have {count} worker{'s' * (count != 1)}")
 
     # --- generations ----------------------------------------------------------------------
@@ -309,7 +354,7 @@ class Supervisor:
         """Begin a generation of workers.
 
         Raises:
-            PorticoError: An address cannot be had.
+            PorticoError: An address cannot be had.  What was opened for others is left to `_tidy`.
         """
         process = configuration.process
         services = expanded(configuration.services)
@@ -317,9 +362,6 @@ class Supervisor:
         listeners = self._listeners.gather(wanted)
         self._counters.release_abandoned()  # of a predecessor that was killed
         self._counters.allot(station_names(listeners))
-        if self._wanted == 0 or self._count_of_last() != process.worker_count():
-            # Otherwise it stays as it was changed by signals.
-            self._wanted = max(1, process.worker_count())
         self._last_number += 1
         self._readings[self._last_number] = Reading(
             self._last_number,
@@ -327,10 +369,24 @@ class Supervisor:
             listeners,
             tuple(each.address for each in wanted),
         )
-        self._upcoming = Generation(self._last_number, _limits(configuration))
+        count = self._count_for(process)
+        self._upcoming = Generation(self._last_number, count, _limits(configuration))
 
-    def _count_of_last(self) -> int:
-        return self._readings[self._last_number].configuration.process.worker_count()
+    def _count_for(self, process: ProcessSettings) -> int:
+        """Return how many workers are wanted: as signals have changed it, if nothing else has."""
+        serving, count = self._serving, process.worker_count()
+        if serving is not None and self._readings[serving.number].process.worker_count() == count:
+            return serving.wanted
+        return max(1, count)
+
+    @property
+    def _newest(self) -> Generation | None:
+        return self._upcoming or self._serving
+
+    def _wanted_of(self, number: int) -> int:
+        """Return how many workers of a generation are wanted."""
+        known = (self._serving, self._upcoming)
+        return next(each.wanted for each in known if each is not None and each.number == number)
 
     def _adopt(self) -> None:
         """Have the upcoming generation be the one that serves."""
@@ -340,7 +396,7 @@ class Supervisor:
         reading = self._readings[upcoming.number]
         addresses = ", ".join(str(each.address) for each in reading.listeners)
         if is_first:
-            self._take_over()
+            self._has_former = self._succession.take_over()
             for each in reading.listeners:
                 say(f"ready on {each.address}")
         else:
@@ -361,16 +417,13 @@ class Supervisor:
                 self._reload()
         self._tidy()
 
-    def _take_over(self) -> None:
-        """Tell the predecessor that it can go."""
-        heritage, self._heritage = self._heritage, None
-        if heritage is not None:
-            heritage.channel.send("serving", listeners=self._listeners.take_over())
-            heritage.channel.close()
-
     def _tidy(self) -> None:
-        """Forget the readings that nobody serves any more, and close their listeners."""
-        used = {each.reading.number for each in self._workers}
+        """Forget the readings from whose listeners nobody accepts any more, and close these.
+
+        Those who connect are refused then, at once: in the queue they would wait for the end of the
+        drain, and be reset.
+        """
+        used = {each.reading.number for each in self._workers if not each.has_left}
         used |= {each.number for each in (self._serving, self._upcoming) if each is not None}
         self._readings = {
             number: reading
@@ -386,79 +439,37 @@ class Supervisor:
         if self._stop is Stop.NOT and self._serving is not None:
             others = {id(each) for each in self._readings[self._serving.number].listeners}
         else:
-            others = self._handed_over
+            others = {id(each) for each in self._succession.handed}
         return [at for at, each in enumerate(reading.listeners) if id(each) not in others]
 
     def _change(self, number: int, change: Callable[[Generation], Generation]) -> None:
         """Exchange what is known of a generation, if it still counts."""
-        if self._serving is not None and self._serving.number == number:
-            self._serving = change(self._serving)
         if self._upcoming is not None and self._upcoming.number == number:
             self._upcoming = change(self._upcoming)
-        serving, now = self._serving, time.monotonic()
-        if serving is not None and serving.number == number and serving.retry > now:
-            say(f"starts another worker in {serving.retry - now:.1f} s")
+        before, now = self._serving, time.monotonic()
+        if before is not None and before.number == number:
+            self._serving = after = change(before)
+            if after.retry > max(now, before.retry) and self._stop is Stop.NOT:
+                say(f"starts another worker in {after.retry - now:.1f} s")
 
     def _let_go(self) -> None:
         """Close in a child what is the supervisor's."""
         self._signals.close()
-        self._pid_file.close()
-        if self._heir is not None:
-            self._heir.channel.close()
-        if self._heritage is not None:
-            self._heritage.channel.close()
+        self._succession.let_go()
         self._listeners.close()  # the lent ones are others, and a child ends nothing by this
 
-    # --- a successor ----------------------------------------------------------------------
 
-    def _make_counters(self) -> Counters:
-        """Return the mapping that all workers count in: the predecessor's, if it can be read."""
-        text = None if self._heritage is None else self._heritage.counters
-        if text is not None:
-            try:
-                return Counters.adopt(text)
-            except CountersError as error:
-                say(f"counts from nothing: {error}")
-        return Counters.create()
+def _say_kept(first: ProcessSettings, process: ProcessSettings) -> None:
+    """Say what a reload has read and cannot change."""
+    for name in OF_THE_START:
+        if getattr(process, name) != getattr(first, name):
+            say(f"keeps {name}={getattr(first, name)!r}: a reload does not change it")
+    if not process.worker_count():
+        say("keeps one worker: a reload does not change workers to none")
 
-    def _hand_over(self) -> None:
-        """Start another supervisor, which is to take over."""
-        if self._heir is not None:
-            say(f"another supervisor (process {self._heir.process}) is starting already")
-            return
-        if self._serving is None:
-            say("cannot hand over before it serves")
-            return
-        reading = self._readings[self._serving.number]
-        pairs = list(zip(reading.addresses, reading.listeners, strict=True))
-        variables = self._notifier.variables(0)
-        variables.pop("WATCHDOG_PID", None)  # it will be the heir's
-        try:
-            self._heir = start_heir(pairs, self._counters, variables)
-        except OSError as error:
-            say(f"cannot start another supervisor: {error}")
-            return
-        say(f"starts another supervisor (process {self._heir.process})")
 
-    def _listen_to_heir(self, heir: Heir) -> None:
-        """Go when it serves, and stay if it does not."""
-        messages = heir.channel.receive()
-        for message in messages or ():
-            if message["kind"] == "serving":
-                heir.is_serving = True
-                handed = self._listeners.hand_over(message.get("listeners", ()))
-                self._handed_over = {id(each) for each in handed}
-                try:
-                    self._pid_file.hand_over(heir.process)
-                except PorticoError as error:
-                    say(str(error))
-                self._notifier.main_process(heir.process)
-                say(f"leaves everything to process {heir.process}")
-                self._stop = Stop.DRAIN
-        if messages is None and not heir.is_serving:
-            heir.channel.close()
-            self._heir = None
-            say(f"the other supervisor {heir.wait()} before it served; this one goes on")
+def _with_more(generation: Generation, more: int) -> Generation:
+    return replace(generation, wanted=max(1, min(generation.wanted + more, MOST_WORKERS)))
 
 
 def _limits(configuration: Configuration) -> Limits:
