@@ -74,7 +74,7 @@ LAYERS = (
     ),
     ("portico.announcement", "portico.duty", "portico.handover"),
     ("portico.listeners", "portico.worker"),
-    ("portico.workers",),
+    ("portico.succession", "portico.workers"),
     ("portico.supervisor",),
     ("portico.notation",),
     ("portico.layers",),

@@ -15,22 +15,25 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from portico import privileges
+from portico.address import Address
 from portico.announcement import Announcement, failure_told, ready_on
 from portico.configuration import Configuration
 from portico.console import say
-from portico.duty import assign, attempt, expanded, logged, openings, report, say_counts
-from portico.handover import Heir, Heritage, inherit, start_heir
+from portico.duty import assign, expanded, logged, openings, report, say_counts
+from portico.handover import Heritage, inherit
+from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.pidfile import PidFile
 from portico.service import Service, raise_descriptor_limit
-from portico.supervisor import Supervisor, heir_timeout
+from portico.succession import Succession
+from portico.supervisor import Supervisor
 from portico.systemd import Notifier
 
 Load = Callable[[], Configuration]
+Pairs = list[tuple[Address, OpenListener]]
 
 OBEYED: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a process that serves by itself obeys, beside those that stop it."""
@@ -72,34 +75,32 @@ class Soloist:
     ) -> None:
         self._configuration = configuration
         self._notifier = notifier
-        self._heritage = heritage
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
+        self._succession = Succession("process", self._listeners, notifier, heritage)
         self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
-        self._heir: Heir | None = None
-        self._has_ended = False
 
     def run(self) -> bool:
         """Serve; return whether handlers are left behind."""
         process = self._configuration.process
         identity = privileges.find(process.user, process.group)
         services = expanded(self._configuration.services)
-        heritage = self._heritage
-        inherited = (None, None) if heritage is None else (heritage.predecessor, heritage.pid_file)
         raise_descriptor_limit()
         with ExitStack() as closing:
             closing.callback(self._listeners.close)
             wanted = openings(services)
             listeners = self._listeners.gather(wanted)
-            pid_file = closing.enter_context(PidFile(process.pid_file, *inherited))
+            closing.enter_context(self._succession.pid_file(process.pid_file))
             privileges.drop(identity)  # and only now does anything of the target's run
             assignments = assign(services)
             closing.enter_context(logged(process))
             serving = closing.enter_context(Service(assignments, listeners))
             closing.enter_context(serving.stopped_by_signals())
             closing.enter_context(Announcement(self._notifier, serving))
-            pairs = [(each.address, own) for each, own in zip(wanted, listeners, strict=True)]
-            closing.enter_context(self._obeying(serving, pairs, pid_file))
-            self._take_over(pid_file)
+            pairs: Pairs = [
+                (each.address, own) for each, own in zip(wanted, listeners, strict=True)
+            ]
+            closing.enter_context(self._obeying(serving, pairs))
+            self._succession.take_over()
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()
@@ -107,16 +108,8 @@ class Soloist:
             report(tallies, time.monotonic() - started)
         return serving.has_left_handlers
 
-    def _take_over(self, pid_file: PidFile) -> None:
-        """Tell the predecessor that it can go: clients wait in a queue that is ours, too."""
-        heritage, self._heritage = self._heritage, None
-        if heritage is not None:
-            attempt(pid_file.take_over)
-            heritage.channel.send("serving", listeners=self._listeners.take_over())
-            heritage.channel.close()
-
     @contextmanager
-    def _obeying(self, serving: Service, pairs: Any, pid_file: PidFile) -> Generator[None]:
+    def _obeying(self, serving: Service, pairs: Pairs) -> Generator[None]:
         """Do what signals ask for while the block runs, in a thread beside those that serve."""
 
         def obey() -> None:
@@ -130,7 +123,7 @@ class Soloist:
                         _reopen()
                         say_counts(serving.counts())
                     case _:
-                        self._hand_over(serving, pairs, pid_file)
+                        self._hand_over(pairs)
 
         process = os.getpid()
 
@@ -147,30 +140,13 @@ class Soloist:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self._signals.put(0)
-            self._has_ended = True
-            if self._heir is not None:
-                self._heir.stop()
+            self._succession.stop()
 
-    def _hand_over(self, serving: Service, pairs: Any, pid_file: PidFile) -> None:
+    def _hand_over(self, pairs: Pairs) -> None:
         """Start another process of the same command line, and go when it serves."""
-        variables = self._notifier.variables(0)
-        variables.pop("WATCHDOG_PID", None)  # it will be the heir's
-        timeout = heir_timeout(self._configuration.process)
-        try:
-            heir = self._heir = start_heir(pairs, None, variables, timeout, pid_file.descriptor)
-        except OSError as error:
-            say(f"cannot start another process: {error}")
-            return
-        say(f"starts another process (process {heir.process})")
-        if not heir.wait():
-            goes_on = "" if self._has_ended else "; this one goes on"
-            say(f"process {heir.process} {heir.end} before it served{goes_on}")
-            return
-        self._listeners.hand_over(heir.taken or ())
-        attempt(lambda: pid_file.hand_over(heir.process))
-        self._notifier.main_process(heir.process)
-        say(f"leaves everything to process {heir.process}")
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._succession.begin(pairs, self._configuration.process)
+        if self._succession.wait():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _renew_certificates(serving: Service) -> None:

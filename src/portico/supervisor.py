@@ -3,10 +3,10 @@
 Owns the generations of workers, the listeners that they share, and what signals mean.  Waits in one
 call for all that can happen: signals, what workers say, and the next instant at which something is
 due.  Leaves what to do next to `portico.supervision`, which only decides, the processes to
-`portico.workers`, and serving to `portico.worker`.
+`portico.workers`, serving to `portico.worker`, and another supervisor to `portico.succession`.
 
-The listeners are opened once.  None of them is closed while somebody may still wait in its queue:
-a worker that goes leaves it open for the others.
+The listeners are opened once.  None of them is closed while somebody accepts from it: a worker that
+goes leaves it open for the others, and the last one has it closed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from portico import privileges
 from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
-from portico.duty import attempt, counted, described, expanded, log_kept, openings, say_counts
-from portico.errors import CountersError, PorticoError
-from portico.handover import LONGEST_WAIT, Heir, Heritage, start_heir
+from portico.duty import counted, described, expanded, log_kept, openings, say_counts
+from portico.errors import PorticoError
+from portico.handover import LONGEST_WAIT, Heritage
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.pidfile import PidFile
 from portico.service import STOP_PATIENCE, raise_descriptor_limit, station_names
 from portico.signals import SignalPipe
+from portico.succession import Succession
 from portico.supervision import (
     Adopt,
     Drain,
@@ -102,8 +102,8 @@ class Supervisor:
     ) -> None:
         self._load = load
         self._notifier = notifier
-        self._heritage = heritage
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
+        self._succession = Succession("supervisor", self._listeners, notifier, heritage)
         self._signals = SignalPipe(SIGNALS)
         self._workers = Workers(self._change, self._let_go)
         self._readings: dict[int, Reading] = {}
@@ -115,12 +115,9 @@ class Supervisor:
         self._has_ended = False
         self._reload_is_due = False
         self._failure = ""
-        self._heir: Heir | None = None
-        self._handed_over: set[int] = set()
         self._has_former = False
         self._first = configuration
         self._counters: Counters
-        self._pid_file: PidFile
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -131,15 +128,13 @@ class Supervisor:
         """
         process = self._first.process
         identity = privileges.find(process.user, process.group)
-        heritage = self._heritage
-        inherited = (None, None) if heritage is None else (heritage.predecessor, heritage.pid_file)
         raise_descriptor_limit()
         with ExitStack() as closing:
             # First, and so left last: whatever is opened is closed again, and files are removed.
             closing.enter_context(self._signals)
             closing.callback(self._listeners.close)
-            self._pid_file = closing.enter_context(PidFile(process.pid_file, *inherited))
-            self._counters = self._workers.counters = self._make_counters()
+            closing.enter_context(self._succession.pid_file(process.pid_file))
+            self._counters = self._workers.counters = self._succession.counters()
             closing.callback(self._counters.close)
             self._begin(self._first)
             privileges.drop(identity)
@@ -160,7 +155,7 @@ class Supervisor:
         if self._failure:
             return
         seconds = time.monotonic() - self._started
-        if self._heir is not None and self._heir.is_serving:
+        if self._succession.has_handed_over:
             say(f"has handed over after {seconds:.1f} s")
             return
         totals = self._counters.totals()
@@ -178,7 +173,7 @@ class Supervisor:
                 self._workers.states,
                 self._serving,
                 self._upcoming,
-                self._heritage is not None,
+                self._succession.predecessor is not None,
                 self._stop,
             )
             actions = decide(situation, time.monotonic())
@@ -218,8 +213,8 @@ class Supervisor:
         spoke = [each for each in self._workers if each.channel.fileno() in ready]
         for each in spoke:
             self._workers.listen(each)
-        if self._heir is not None and not self._heir.is_serving and self._heir.attend():
-            self._settle(self._heir)
+        if self._succession.attend() and self._stop is Stop.NOT:
+            self._stop = Stop.DRAIN
         self._hear()
         if self._has_former:
             self._counters.release_abandoned()
@@ -239,10 +234,9 @@ class Supervisor:
                 poll.register(each.channel, select.POLLIN)
         now, interval = time.monotonic(), self._notifier.watchdog_interval
         instants = [now + LONGEST_WAIT, until if until is not None else inf]
-        if self._heir is not None and not self._heir.is_serving:
-            instants.append(self._heir.deadline)
-            if (number := self._heir.fileno()) is not None:
-                poll.register(number, select.POLLIN)
+        instants.append(self._succession.deadline)
+        if (number := self._succession.fileno()) is not None:
+            poll.register(number, select.POLLIN)
         if interval is not None:
             instants.append(now + interval)
         if self._has_former:
@@ -294,8 +288,7 @@ class Supervisor:
             generation = self._serving or self._upcoming
             within = None if generation is None else generation.limits.drain_timeout
             self._notifier.stopping("draining", within=within)
-            if self._heir is not None:
-                self._heir.stop()
+            self._succession.stop()
 
     def _reload(self) -> None:
         """Read the configuration and start workers with it; after the reload that is under way."""
@@ -334,6 +327,15 @@ class Supervisor:
         totals = self._counters.totals()
         say_counts(totals.at)
         self._notifier.status(described(totals.sum))
+
+    def _hand_over(self) -> None:
+        """Start another supervisor, which is to take over."""
+        if self._serving is None:
+            say("cannot hand over before it serves")
+            return
+        reading = self._readings[self._serving.number]
+        pairs = list(zip(reading.addresses, reading.listeners, strict=True))
+        self._succession.begin(pairs, reading.process, self._counters)
 
     def _want(self, more: int) -> None:
         """Have so many workers more, in a reload that is under way, too."""
@@ -394,7 +396,7 @@ class Supervisor:
         reading = self._readings[upcoming.number]
         addresses = ", ".join(str(each.address) for each in reading.listeners)
         if is_first:
-            self._take_over()
+            self._has_former = self._succession.take_over()
             for each in reading.listeners:
                 say(f"ready on {each.address}")
         else:
@@ -414,15 +416,6 @@ class Supervisor:
             if self._reload_is_due:
                 self._reload()
         self._tidy()
-
-    def _take_over(self) -> None:
-        """Tell the predecessor that it can go."""
-        heritage, self._heritage = self._heritage, None
-        if heritage is not None:
-            attempt(self._pid_file.take_over)
-            heritage.channel.send("serving", listeners=self._listeners.take_over())
-            heritage.channel.close()
-            self._has_former = True
 
     def _tidy(self) -> None:
         """Forget the readings from whose listeners nobody accepts any more, and close these.
@@ -446,7 +439,7 @@ class Supervisor:
         if self._stop is Stop.NOT and self._serving is not None:
             others = {id(each) for each in self._readings[self._serving.number].listeners}
         else:
-            others = self._handed_over
+            others = {id(each) for each in self._succession.handed}
         return [at for at, each in enumerate(reading.listeners) if id(each) not in others]
 
     def _change(self, number: int, change: Callable[[Generation], Generation]) -> None:
@@ -462,60 +455,12 @@ class Supervisor:
     def _let_go(self) -> None:
         """Close in a child what is the supervisor's."""
         self._signals.close()
-        self._pid_file.close()
-        if self._heir is not None:
-            self._heir.channel.close()
-        if self._heritage is not None:
-            self._heritage.channel.close()
+        self._succession.let_go()
         self._listeners.close()  # the lent ones are others, and a child ends nothing by this
 
-    # --- a successor ----------------------------------------------------------------------
 
-    def _make_counters(self) -> Counters:
-        """Return the mapping that all workers count in: the predecessor's, if it can be read."""
-        text = None if self._heritage is None else self._heritage.counters
-        if text is not None:
-            try:
-                return Counters.adopt(text)
-            except CountersError as error:
-                say(f"counts from nothing: {error}")
-        return Counters.create()
-
-    def _hand_over(self) -> None:
-        """Start another supervisor, which is to take over."""
-        if self._heir is not None:
-            say(f"another supervisor (process {self._heir.process}) is starting already")
-            return
-        if self._serving is None:
-            say("cannot hand over before it serves")
-            return
-        reading = self._readings[self._serving.number]
-        pairs = list(zip(reading.addresses, reading.listeners, strict=True))
-        variables = self._notifier.variables(0)
-        variables.pop("WATCHDOG_PID", None)  # it will be the heir's
-        try:
-            timeout = heir_timeout(reading.process)
-            file = self._pid_file.descriptor
-            self._heir = start_heir(pairs, self._counters, variables, timeout, file)
-        except OSError as error:
-            say(f"cannot start another supervisor: {error}")
-            return
-        say(f"starts another supervisor (process {self._heir.process})")
-
-    def _settle(self, heir: Heir) -> None:
-        """Go when it serves, and stay if it has ended."""
-        if heir.taken is None:
-            self._heir = None
-            goes_on = "; this one goes on" if self._stop is Stop.NOT else ""
-            say(f"the other supervisor {heir.end} before it served{goes_on}")
-            return
-        handed = self._listeners.hand_over(heir.taken)
-        self._handed_over = {id(each) for each in handed}
-        attempt(lambda: self._pid_file.hand_over(heir.process))
-        self._notifier.main_process(heir.process)
-        say(f"leaves everything to process {heir.process}")
-        if self._stop is Stop.NOT:
-            self._stop = Stop.DRAIN
+def _with_more(generation: Generation, more: int) -> Generation:
+    return replace(generation, wanted=max(1, min(generation.wanted + more, MOST_WORKERS)))
 
 
 def _say_kept(first: ProcessSettings, process: ProcessSettings) -> None:
@@ -525,15 +470,6 @@ def _say_kept(first: ProcessSettings, process: ProcessSettings) -> None:
             say(f"keeps {name}={getattr(first, name)!r}: a reload does not change it")
     if not process.worker_count():
         say("keeps one worker: a reload does not change workers to none")
-
-
-def heir_timeout(process: ProcessSettings) -> float | None:
-    """Return the seconds that an heir has to serve in: its own start, and then its workers'."""
-    return None if process.start_timeout is None else 2 * process.start_timeout
-
-
-def _with_more(generation: Generation, more: int) -> Generation:
-    return replace(generation, wanted=max(1, min(generation.wanted + more, MOST_WORKERS)))
 
 
 def _limits(configuration: Configuration) -> Limits:
