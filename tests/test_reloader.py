@@ -431,7 +431,20 @@ def test_a_second_signal_ends_it_at_once(edited: Edited) -> None:
         os.killpg(edited.process.pid, signal.SIGINT)
         edited.read("drains: 1 open")
         os.killpg(edited.process.pid, signal.SIGINT)
-        assert "1 cut off" in edited.rest()
+        said = edited.rest()
+        assert "1 cut off" in said
+        assert "drained in" not in said
+    assert edited.process.returncode == 0
+
+
+def test_sigterm_to_every_process_drains_all_the_same(edited: Edited) -> None:
+    """As timeout(1) sends it: who serves is told twice, and ends at once by neither."""
+    edited.target.write_text(BUSY)
+    edited.serve()
+    with socket.create_connection(edited.ready(), PATIENCE) as client:
+        assert client.recv(4) == b"busy"
+        os.killpg(edited.process.pid, signal.SIGTERM)
+        assert re.search(r"drained in .*1 forced", edited.rest())
     assert edited.process.returncode == 0
 
 

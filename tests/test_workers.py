@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,6 +19,7 @@ from portico.configuration import Configuration, ProcessSettings
 from portico.counters import Counters
 from portico.listener import OpenListener, open_listener
 from portico.supervision import Generation, Stage, Worker
+from portico.worker import INTERRUPT_SIGNAL
 from portico.workers import SELF_DOUBT, Process, Reading, Workers
 from tests.support import eventually, nothing_left_behind
 
@@ -174,6 +176,23 @@ def test_one_that_was_told_to_drain_leaves_and_has_not_failed(
     workers.listen(made)
     eventually(workers.collect)
     theirs.close()
+    assert changes.generation.failures == 0
+
+
+@pytest.mark.parametrize("stage", [Stage.STARTING, Stage.DRAINING])
+def test_one_that_is_interrupted_ends_at_once_and_has_not_failed(
+    workers: Workers, changes: Changes, capsys: pytest.CaptureFixture[str], stage: Stage
+) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.signal(INTERRUPT_SIGNAL, signal.SIG_DFL)
+        while True:
+            signal.pause()
+    made, theirs = process(workers, child, stage)
+    workers.interrupt(1)
+    eventually(workers.collect)
+    theirs.close()
+    assert f"{made} has ended at once" in capsys.readouterr().err
     assert changes.generation.failures == 0
 
 

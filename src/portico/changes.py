@@ -219,18 +219,16 @@ def _watch(writer: int, folders: Sequence[Path], files: Sequence[Path]) -> NoRet
 
 
 def _settle(writer: int) -> None:
-    """Hear SIGTERM, and have nothing of the parent but its standard streams and what it reads.
+    """Hear no signal, and have nothing of the parent but its standard streams and what it reads.
 
     What is open here stays open when the parent is killed: its listeners, for one.
     """
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # of the terminal; the parent ends this
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to all processes; the parent ends this
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.closerange(3, writer)
     os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _changes(writer: int, folders: Sequence[Path], files: Sequence[Path]) -> Iterator[str]:

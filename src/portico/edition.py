@@ -36,7 +36,7 @@ from portico.handover import said_end
 from portico.listener import OpenListener
 from portico.service import STOP_PATIENCE, Service, raise_descriptor_limit
 from portico.signals import do_nothing
-from portico.worker import FAILED, leave
+from portico.worker import FAILED, INTERRUPT_SIGNAL, leave
 
 LONGEST_DRAIN: Final = 1.0
 """Seconds that open connections have to finish in, whatever the settings say: somebody waits to see
@@ -97,10 +97,17 @@ class Edition:
             return set()
         return {Path(each) for each in json.loads(self._reported)}
 
-    def signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
-        if not self.has_ended():
-            os.kill(self.process, number)
+    def drain(self) -> None:
+        """Have it drain, and end."""
+        self._signal(signal.SIGTERM)
+
+    def interrupt(self) -> None:
+        """Have it end at once."""
+        self._signal(INTERRUPT_SIGNAL)
+
+    def kill(self) -> None:
+        """Have the system end it."""
+        self._signal(signal.SIGKILL)
 
     def has_ended(self) -> bool:
         """Say whether it has ended; never waits."""
@@ -115,6 +122,11 @@ class Edition:
         os.close(self._reader)
         os.close(self._life)
         return f"the server {said_end(self._status or 0)}"
+
+    def _signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if not self.has_ended():
+            os.kill(self.process, number)
 
 
 # --- in the child -----------------------------------------------------------------------
@@ -166,8 +178,8 @@ def _settle_signals() -> None:
         # A handler that does nothing, since programs that are started here would inherit SIG_IGN.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, do_nothing)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+    for ending in (signal.SIGTERM, INTERRUPT_SIGNAL, signal.SIGCHLD):
+        signal.signal(ending, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*OF_THE_PARENT, signal.SIGTERM})
 
 
@@ -206,7 +218,7 @@ def _serve(
     _report_folders(writer)
     lent = [each.lend() for each in listeners]
     with logged(process), Service(assignments, lent) as serving:
-        with serving.stopped_by_signals([signal.SIGTERM]):
+        with serving.stopped_by_signals([signal.SIGTERM], at_once=[INTERRUPT_SIGNAL]):
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()

@@ -195,20 +195,20 @@ class Reloader:
                 return
 
     def _end_child(self) -> None:
-        """Have the child drain, and end; a second signal is passed on, and ends it at once."""
+        """Have the child drain, and end; a second signal has it end at once."""
         child, stops = self._child, self._stops
         if child is None:
             return
-        child.signal(signal.SIGTERM)
+        child.drain()
         deadline = time.monotonic() + END_PATIENCE
         while not child.has_ended():
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                child.signal(signal.SIGKILL)
+                child.kill()
             self._poll(max(remaining, 0.1), watching=False)
             if self._stops > max(stops, 1):
                 stops = self._stops
-                child.signal(signal.SIGTERM)
+                child.interrupt()
         child.end()
         self._child = None
 

@@ -280,6 +280,8 @@ class Workers:
             say(f"{process} could not start: {process.failure or f'it {how}'}")
         elif state.stage is Stage.DRAINING and status == 0:
             say(f"{process} has ended")
+        elif state.stage is Stage.INTERRUPTED and status in {0, INTERRUPT_SIGNAL}:
+            say(f"{process} has ended at once")
         else:
             say(f"{process} {how}")
         reason = process.failure or f"{process} {how}"
