@@ -7,7 +7,7 @@ are, to `portico.program`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -16,7 +16,7 @@ from portico import logs, systemd, target
 from portico.configuration import ProcessSettings, ServiceSettings
 from portico.console import say
 from portico.counts import Counts
-from portico.errors import SettingError
+from portico.errors import PorticoError, SettingError
 from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
 from portico.service import Assignment, Opening, Tally
@@ -55,6 +55,14 @@ def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:
             target.check_scheme(each.target, handler, scheme_of(address))
             assignments.append(Assignment(handler, address, each.settings))
     return assignments
+
+
+def attempt(change: Callable[[], object]) -> None:
+    """Do what a service can do without: an error is said, and it serves on."""
+    try:
+        change()
+    except PorticoError as error:
+        say(str(error))
 
 
 @contextmanager

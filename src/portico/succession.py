@@ -8,19 +8,20 @@ Source: sd_notify(3), ``MAINPID=``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from math import inf
 
 from portico.address import Address
 from portico.configuration import ProcessSettings
 from portico.console import say
 from portico.counters import Counters
+from portico.duty import attempt
 from portico.errors import PorticoError
 from portico.handover import Heir, Heritage, start_heir
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.pidfile import PidFile
-from portico.settings import StrPath
 from portico.systemd import Notifier
 
 
@@ -46,8 +47,8 @@ class Succession:
         self._notifier = notifier
         self._heritage = heritage
         self._heir: Heir | None = None
-        self._is_ending = False
         self._pid_file = PidFile(None)
+        self._is_ending = False
 
     # --- from the predecessor -------------------------------------------------------------
 
@@ -56,10 +57,15 @@ class Succession:
         """The process that serves until this one does; ``None`` if there is none any more."""
         return None if self._heritage is None else self._heritage.predecessor
 
-    def pid_file(self, path: StrPath | None) -> PidFile:
-        """Return the pid file, which is the predecessor's until `take_over`."""
-        inherited = None if self._heritage is None else self._heritage.pid_file
-        self._pid_file = PidFile(path, self.predecessor, inherited)
+    def pid_file(self, path: str | os.PathLike[str] | None) -> PidFile:
+        """Return the file that holds the number of who serves, to be entered by this process.
+
+        Args:
+            path: Where; ``None`` for no file at all.
+        """
+        heritage = self._heritage
+        inherited = (None, None) if heritage is None else (heritage.predecessor, heritage.pid_file)
+        self._pid_file = PidFile(path, *inherited)
         return self._pid_file
 
     def counters(self) -> Counters:
@@ -81,7 +87,7 @@ class Succession:
         heritage, self._heritage = self._heritage, None
         if heritage is None:
             return False
-        _attempt(self._pid_file.take_over)
+        attempt(self._pid_file.take_over)
         heritage.channel.send("serving", listeners=self._listeners.take_over())
         heritage.channel.close()
         return True
@@ -124,9 +130,8 @@ class Succession:
         variables.pop("WATCHDOG_PID", None)  # it will be the heir's
         timeout = None if process.start_timeout is None else 2 * process.start_timeout
         try:
-            self._heir = start_heir(
-                listeners, counters, variables, timeout, self._pid_file.descriptor
-            )
+            file = self._pid_file.descriptor
+            self._heir = start_heir(listeners, counters, variables, timeout, file)
         except OSError as error:
             say(f"cannot start another {self._kind}: {error}")
         else:
@@ -173,15 +178,7 @@ class Succession:
             say(f"the other {self._kind} {heir.end} before it served{goes_on}")
             return False
         self.handed = self._listeners.hand_over(heir.taken)
-        _attempt(lambda: self._pid_file.hand_over(heir.process))
+        attempt(lambda: self._pid_file.hand_over(heir.process))
         self._notifier.main_process(heir.process)
         say(f"leaves everything to process {heir.process}")
         return True
-
-
-def _attempt(change: Callable[[], None]) -> None:
-    """Change the pid file, or say why not: nobody ends for that."""
-    try:
-        change()
-    except PorticoError as error:
-        say(str(error))

@@ -459,10 +459,6 @@ class Supervisor:
         self._listeners.close()  # the lent ones are others, and a child ends nothing by this
 
 
-def _with_more(generation: Generation, more: int) -> Generation:
-    return replace(generation, wanted=max(1, min(generation.wanted + more, MOST_WORKERS)))
-
-
 def _say_kept(first: ProcessSettings, process: ProcessSettings) -> None:
     """Say what a reload has read and cannot change."""
     for name in OF_THE_START:
@@ -470,6 +466,10 @@ def _say_kept(first: ProcessSettings, process: ProcessSettings) -> None:
             say(f"keeps {name}={getattr(first, name)!r}: a reload does not change it")
     if not process.worker_count():
         say("keeps one worker: a reload does not change workers to none")
+
+
+def _with_more(generation: Generation, more: int) -> Generation:
+    return replace(generation, wanted=max(1, min(generation.wanted + more, MOST_WORKERS)))
 
 
 def _limits(configuration: Configuration) -> Limits:
