@@ -7,11 +7,12 @@ Owns what holds for the whole program, and the sum of it all.  Leaves what prote
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from portico.address import Address
-from portico.errors import SettingError
+from portico.errors import PorticoError, SettingError
 from portico.settings import AUTO, Auto, Settings, StrPath, check_account
 
 MOST_WORKERS: Final = 1024
@@ -109,6 +110,10 @@ class ServiceSettings:
     settings: Settings
 
 
+def _unchanged(error: PorticoError) -> PorticoError:
+    return error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """All that a program is told.
@@ -116,10 +121,15 @@ class Configuration:
     Attributes:
         process: How its processes are run.
         services: What they serve, each of them all of it; at least one.
+        explain: Returns an error about one of these values so that it says where the value stands,
+            as far as whoever has read it knows.
     """
 
     process: ProcessSettings
     services: tuple[ServiceSettings, ...]
+    explain: Callable[[PorticoError], PorticoError] = field(
+        default=_unchanged, repr=False, compare=False
+    )
 
 
 def _check_whole(name: str, value: Any, least: int, expected: str) -> None:

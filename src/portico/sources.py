@@ -7,7 +7,7 @@ module, and who wins to `portico.layers`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -114,7 +114,9 @@ class Sources:
             _service(name, values, places.get(name) or self._place(file))
             for name, values in merged.services.items()
         )
-        return SourcedConfiguration(Configuration(process=process, services=services), merged, file)
+        read = SourcedConfiguration(Configuration(process=process, services=services), merged, file)
+        # So that a worker, too, can say where a value stands that it cannot use.
+        return replace(read, configuration=replace(read.configuration, explain=read.explained))
 
     def _place(self, file: SettingsFile | None) -> str:
         """Say where a service stands that has no table; nothing if that is no file."""

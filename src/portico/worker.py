@@ -169,7 +169,7 @@ class Worker:
                 ) as service:
                     return self._serve(service)
         except PorticoError as error:
-            self._channel.send("failed", reason=str(error))
+            self._channel.send("failed", reason=str(configuration.explain(error)))
             return FAILED
 
     def _serve(self, service: Service) -> int:

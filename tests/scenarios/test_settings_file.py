@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,20 @@ def test_one_of_the_services_is_served_alone(folder: Path) -> None:
         client = [tool("socat"), "-t", "30", "-", "UNIX-CONNECT:echo.sock"]
         assert asked(client, folder, "by Unix\n") == "by Unix\n"
         assert command.stop()[0] == 0
+
+
+def test_a_reload_that_fails_says_where_the_value_stands_that_a_worker_cannot_use(
+    folder: Path,
+) -> None:
+    settings = folder / "portico.toml"
+    settings.write_text('target = "echo:Echo"\naddresses = "tcp://127.0.0.1:0"\nworkers = 1\n')
+    with serve(folder, addresses=1) as command:
+        settings.write_text(settings.read_text().replace("echo:Echo", "echo:Nobody"))
+        command.process.send_signal(signal.SIGHUP)
+        reason = command.next_line("portico: cannot reload, and serves as before: ")
+        assert reason.startswith("portico.toml: target: cannot serve 'echo:Nobody': ")
+        status, _ = command.stop()
+    assert status == 0
 
 
 def test_a_check_says_what_would_run(folder: Path) -> None:
