@@ -24,6 +24,9 @@ from portico.settings import StrPath
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+LOG_FORMAT_OF_MANY: Final = LOG_FORMAT.replace("%(name)s", "%(name)s[%(process)d]")
+"""Where several processes write to one log, each line says whose it is."""
+
 
 def expanded(services: Sequence[ServiceSettings]) -> tuple[ServiceSettings, ...]:
     """Put a descriptor for each socket in the place of those that systemd passes under a name.
@@ -89,10 +92,11 @@ def log_kept(settings: ProcessSettings) -> Generator[None]:
     """
     root = logging.getLogger()
     before = tuple(root.handlers)
+    form = LOG_FORMAT if settings.workers is None else LOG_FORMAT_OF_MANY
     if settings.log_file is not None:
-        root.addHandler(_open_log(settings.log_file))
+        root.addHandler(_open_log(settings.log_file, form))
     else:
-        logging.basicConfig(format=LOG_FORMAT)
+        logging.basicConfig(format=form)
     ours = [handler for handler in root.handlers if handler not in before]
     _kept.extend(ours)
     logging.getLogger("portico").setLevel(settings.log_level.upper())
@@ -121,13 +125,13 @@ def forget_logs() -> None:
     _kept.clear()
 
 
-def _open_log(path: StrPath) -> LogFile:
+def _open_log(path: StrPath, form: str) -> LogFile:
     try:
         handler = LogFile(path)
     except OSError as error:
         expected = f"a file that can be written ({error.strerror})"
         raise SettingError("log_file", str(path), expected) from error
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.setFormatter(logging.Formatter(form))
     return handler
 
 
