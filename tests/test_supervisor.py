@@ -539,6 +539,7 @@ def test_another_supervisor_takes_over_with_the_listeners_and_the_pid_file(tmp_p
             assert client.recv(64) == b"second hello\n"
         program.stop()
         assert program.find(r"stopped after .* s: 3 requests served")  # of both, in one mapping
+        assert not program.find("Warning")  # nothing was left open
         assert not path.exists()
         assert not pid_file.exists()
 

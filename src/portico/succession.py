@@ -177,6 +177,7 @@ class Succession:
             goes_on = "" if self._is_ending else "; this one goes on"
             say(f"the other {self._kind} {heir.end} before it served{goes_on}")
             return False
+        heir.channel.close()  # it has said all
         self.handed = self._listeners.hand_over(heir.taken)
         attempt(lambda: self._pid_file.hand_over(heir.process))
         self._notifier.main_process(heir.process)
