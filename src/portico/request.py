@@ -124,7 +124,10 @@ class RequestPath:
             except BaseException as error:
                 self._fail(request, client_address, error, started)
                 raise
-        self._finish(request, client_address, started)
+        if started is None and self._guard.counter is None:  # nobody wants to know
+            self._end(request)
+        else:
+            self._finish(request, client_address, started)
         return True
 
     def prepare_request(
@@ -183,10 +186,8 @@ class RequestPath:
     def _finish(
         self, request: Request, client_address: ClientAddress, started: float | None
     ) -> None:
-        """End a request whose handler has returned."""
+        """End a request whose handler has returned, and tell how."""
         connection = self._end(request)
-        if started is None and self._guard.counter is None:
-            return
         reason = CloseReason.FINISHED
         if connection is not None and connection.was_cut:
             reason = _reason_of_cut(connection)
