@@ -5,6 +5,7 @@ import select
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -535,3 +536,52 @@ def test_two_listeners_of_one_name_have_a_station_each() -> None:
     with closing(open_listener(address.parse("tcp://127.0.0.1:0"))) as opened:
         first, second, third = station_names([opened] * 3)
     assert (second, third) == (f"{first} 2", f"{first} 3")
+
+
+# ------------------------------------------------------------------------ who has how many
+
+
+def test_a_worker_leads_that_has_clearly_more_than_its_share(counters: Counters) -> None:
+    rows = [Row(counters, counters.claim()) for _ in range(2)]
+    one, other = (SharedPlaces(row.station(HERE), 100, workers=2) for row in rows)
+    leads = []
+    for each, number in ((one, 2), (one, 8), (other, 6)):
+        for _ in range(number):
+            assert each.take()
+        leads.append((one.leads, other.leads))
+    # Two may come to the same one by chance.
+    assert leads == [(False, False), (True, False), (False, False)]
+
+
+def test_a_worker_alone_never_leads(counters: Counters) -> None:
+    alone = places(counters, 100)
+    for _ in range(50):
+        assert alone.take()
+        assert not alone.leads
+
+
+def test_who_leaves_clients_to_others_learns_that_it_leads_no_more(counters: Counters) -> None:
+    row = Row(counters, counters.claim())
+    shared = SharedPlaces(row.station(HERE), 100, workers=2)
+    leading = SharedGate(AdmissionRules(max_connections=100), WhenFull.WAIT, shared=shared)
+    for _ in range(4):
+        assert leading.reserve()
+        assert leading.admit(PEER, 0.0) is None
+    assert leading.leads
+    told: list[bool] = []
+    leading.on_relief = lambda: told.append(leading.leads)
+    for _ in range(4):
+        leading.leave(PEER)
+    assert told == [False], "once"
+
+
+def test_connections_that_stay_are_shared() -> None:
+    """Although the worker that the system woke first would be fast enough for all of them."""
+    with closing(Workers(2, engine="green")) as workers, ExitStack() as stack:
+        served_by: Counter[bytes] = Counter()
+        for _ in range(400):  # the second may not have begun to serve with the first of them
+            client = stack.enter_context(socket.create_connection(workers.where, PATIENCE))
+            served_by[client.recv(64)] += 1
+            if len(served_by) == 2:
+                break
+        assert len(served_by) == 2

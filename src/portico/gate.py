@@ -14,15 +14,24 @@ from collections import deque
 from contextlib import suppress
 from enum import StrEnum
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from portico.admission import Admission, AdmissionRules
 from portico.errors import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from portico.events import RefusalReason
+
+
+LEAD_PAUSE: Final = 0.005
+"""Seconds in which a process that has more than its share of the connections accepts nobody.
+
+The system wakes the worker that began to wait first, which is the same one again as long as it
+takes clients faster than they come: of those that come to stay it would get nearly all.  Who comes
+in these milliseconds wakes another worker; if there is none that waits, nobody notices them.
+"""
 
 
 class WhenFull(StrEnum):
@@ -66,6 +75,8 @@ class Gate:
     ) -> None:
         self.reserves = False
         """Whether a place has to be reserved for a client before it is accepted."""
+        self.on_relief: Callable[[], object] | None = None
+        """Called once, in any thread, when this process no longer `leads`."""
         self.when_full = when_full
         self.knows_proxies = not counts_peers
         self._lock = Lock()  # guards all that follows, except what is put into _left
@@ -121,6 +132,11 @@ class Gate:
             refusals = [decide(client_address, now) for _, client_address in taken]
         self._settle()
         return refusals
+
+    @property
+    def leads(self) -> bool:
+        """Whether another process is to have those who come next."""
+        return False
 
     def reserve(self) -> bool:
         """Take a place for a client before it is accepted, and say whether there was one."""

@@ -42,6 +42,11 @@ A worker that was to ring may have been killed between giving its place back and
 """
 
 
+LEAD: Final = 1.25
+"""How many times its share of all connections a worker may have, and one more, before it leaves
+those who come next to the others for a while."""
+
+
 class SharedPlaces:
     """The places of one address, as one worker sees them.
 
@@ -50,12 +55,14 @@ class SharedPlaces:
     Args:
         station: The cells of the address in the row of this worker.
         limit: How many places there are, in all workers together.
+        workers: How many workers there are.
     """
 
-    def __init__(self, station: Station, limit: int) -> None:
+    def __init__(self, station: Station, limit: int, workers: int = 1) -> None:
         bell = station.counters.bell_of(station.number)
         assert bell is not None, "several workers have a mapping that is shared"
         self.limit = limit
+        self._share = LEAD / workers
         self._station = station
         self._bell = bell
         self._fence = Lock()  # guards nothing: see `_settle_order`
@@ -69,6 +76,11 @@ class SharedPlaces:
     def is_full(self) -> bool:
         """Whether every place is taken."""
         return self.taken >= self.limit
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker has clearly more than its share of the connections."""
+        return self._station.cells[Cell.PLACES] > 1 + self._share * self.taken
 
     def take(self) -> bool:
         """Take a place, and say whether there was one."""
@@ -230,6 +242,11 @@ class SharedGate(Gate):
         self._shared = shared
         self.reserves = when_full is not WhenFull.REFUSE
 
+    @property
+    def leads(self) -> bool:
+        """Whether this worker is to leave those who come next to the others for a while."""
+        return self._shared.leads
+
     def reserve(self) -> bool:
         """Take a place for a client before it is accepted, and say whether there was one.
 
@@ -258,6 +275,10 @@ class SharedGate(Gate):
         """
         super().leave(client_address, peer)
         self._settle()
+        on_relief = self.on_relief
+        if on_relief is not None and not self.leads:
+            self.on_relief = None
+            on_relief()
 
     def await_room(self) -> int | None:
         """Return a descriptor that is readable as soon as there is a place; ``None`` if there is.

@@ -232,7 +232,7 @@ class Service:
                 places = None
                 if row is not None and settled.max_connections is not None:
                     settled, most = share_places(own, settled, limit // share, workers)
-                    places = SharedPlaces(station, most)
+                    places = SharedPlaces(station, most, workers)
                 kind = server_class(opened, settled, certificates[id(own)], places)
                 server = kind(opened.place.name, assignment.handler)
                 closing.callback(_close, server)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from _thread import get_ident
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from portico.acceptor import Acceptor, Pause, is_ready, is_shared, round_of
 from portico.engines.green.sockets import NOW
 from portico.engines.green.watch import Watch
+from portico.gate import LEAD_PAUSE, Gate
 
 if TYPE_CHECKING:
     from threading import Lock
@@ -133,9 +135,7 @@ class GreenAcceptor(Acceptor):
         while not self.is_woken:
             self._park(None if deadline == inf else max(0.0, deadline - monotonic()))
             if self._is_ready and self._take_token():
-                if self._plain is not None and self._plain.take(self, self._batch):
-                    self._release_token()
-                    self._come_round()
+                if self._take_plainly():
                     if deadline != inf and monotonic() >= deadline:
                         break  # the loop has something to do beside
                     continue
@@ -150,6 +150,17 @@ class GreenAcceptor(Acceptor):
                 break
         self.is_woken = False
         return False
+
+    def _take_plainly(self) -> bool:
+        """Take what is waiting without the serving loop, if that may be; say whether it was."""
+        plain = self._plain
+        if plain is None or not plain.take(self, self._batch):
+            return False
+        self._release_token()
+        self._come_round()
+        if plain.leading is not None:
+            self._leave_to_others(plain.leading)
+        return True
 
     def rest(self, pause: Pause, timeout: float | None) -> bool:
         """Wait without the listener, and say whether `pause` is over.
@@ -202,6 +213,14 @@ class GreenAcceptor(Acceptor):
             self._waiting = None
             if timer is not None:
                 timer.cancel()
+
+    def _leave_to_others(self, gate: Gate) -> None:
+        """Accept nobody for a moment, or until this process has its share and no more."""
+        gate.on_relief = partial(self._hub.call_anywhere, self._ring)
+        try:
+            self._park(LEAD_PAUSE, is_listening=False)
+        finally:
+            gate.on_relief = None
 
     def _ring(self) -> None:
         if self._waiting is not None:

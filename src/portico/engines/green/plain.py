@@ -55,6 +55,9 @@ OF_EVERY_SERVER: Final = {
 }
 """The hooks that are left out of the path of a connection, beside those of the engine."""
 
+SHARED_BATCH: Final = 4
+"""Connections that are taken at once where other processes accept from the same listener."""
+
 IN_FRONT: Final = ("get_request", "service_actions")
 """Those before which a hook of the library's own may stand that says `left_out_of_batches`: what a
 `get_request` does beside accepting is done here (`Gate.reserve`), and a `service_actions` has its
@@ -90,6 +93,8 @@ class PlainPath:
         own: dict[str, Callable[..., object]],
         family_request: object,
     ) -> None:
+        self.leading: Gate | None = None
+        """Where the batch that was taken last has left this process with more than its share."""
         self._server = server
         self._kind: type[Any] = type(server)
         self._crew = crew
@@ -161,6 +166,7 @@ class PlainPath:
             requests.append((request, client_address, True))
         if guard.keeper is not None and guard.keeper.is_asleep:
             guard.keeper.wake()
+        self.leading = gate if gate is not None and gate.reserves and gate.leads else None
         return self._schedule(len(taken))
 
     def _accept(
@@ -173,6 +179,7 @@ class PlainPath:
         if gate is not None:  # what to do when all places are taken is for the step
             most = min(most, gate.room)
             if gate.reserves:
+                most = min(most, SHARED_BATCH)
                 accept = partial(self._accept_reserved, gate, accept)
         taken: list[tuple[GreenSocket, ClientAddress]] = []
         try:
