@@ -156,7 +156,7 @@ def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
         original: Any = owner.is_full
 
         def interrupted_look(self: Any) -> bool:
-            if self is gate.places and len(gate._left) == 0 and gate.active == 3:
+            if self is gate.places and len(gate.left) == 0 and gate.active == 3:
                 gate.leave(PROXY, PEER)
                 assert gate.active == 3, "not in the middle of it"
             return bool(original.fget(self))
@@ -179,7 +179,7 @@ def test_a_place_that_is_lost_in_the_middle_of_a_step_is_taken_back_after_it(
         "await_room": (),
     }[step]
     getattr(gate, step)(*arguments)
-    assert not gate._left
+    assert not gate.left
     assert gate.active == (3 if step in {"admit", "admit_all"} else 2)
 
 

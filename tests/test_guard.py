@@ -74,7 +74,7 @@ def exchange(client: socket.socket, words: bytes = b"hello\n") -> None:
 def is_awaited(server: TCPServer) -> bool:
     """Say whether an acceptor waits for a place."""
     gate = server._guard.gate
-    return gate is not None and gate._is_awaited
+    return gate is not None and gate.is_awaited
 
 
 def refused_or_told(running: RunningServer[Any]) -> bytes:
@@ -226,7 +226,7 @@ def test_a_pause_for_room_ends_with_the_rules_that_it_was_for(server: Server) ->
         gate = server._guard.gate
         assert gate is not None
         second.sendall(b"hello\n")
-        eventually(lambda: gate._is_awaited)
+        eventually(lambda: gate.is_awaited)
         running.shutdown()
         server.max_connections = 2
         with RunningServer(server):

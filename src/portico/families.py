@@ -252,7 +252,9 @@ class TCPServer(BaseServer):
             # What `note_closed` does, without a call: every connection ends here.
             if connection is not None and connection.gate is not None:
                 gate, connection.gate = connection.gate, None
-                gate.leave(connection.client_address, connection.peer)
+                gate.left.append((connection.client_address, connection.peer))
+                if gate.is_awaited:
+                    gate.settle()
 
 
 class UDPServer(TCPServer):

@@ -79,29 +79,31 @@ class Gate:
         """Called once, in any thread, when this process no longer `leads`."""
         self.when_full = when_full
         self.knows_proxies = not counts_peers
-        self._lock = Lock()  # guards all that follows, except what is put into _left
+        self._lock = Lock()  # guards all that follows, except what is put into left
         self.places = Admission(rules if counts_peers else _of_places(rules))
         self._peers = None if counts_peers else Admission(_of_peers(rules))
         self._room: Room | None = None  # made when somebody waits for it first
-        self._is_awaited = False
-        self._left: deque[tuple[Any, Any]] = deque()  # whose places are to be taken back
+        self.is_awaited = False
+        """Whether somebody wants to know at once of a place that is given back: `settle`."""
+        self.left: deque[tuple[Any, Any]] = deque()
+        """Whose places are to be taken back: client addresses, and the peers of `admit_peer`."""
 
     @property
     def active(self) -> int:
         """Connections that have a place."""
-        self._settle()
+        self.settle()
         return self.places.active
 
     @property
     def is_full(self) -> bool:
         """Whether every place is taken."""
-        self._settle()
+        self.settle()
         return self.places.is_full
 
     @property
     def room(self) -> int:
         """Places that are free."""
-        self._settle()
+        self.settle()
         return self.places.limit - self.places.active
 
     def admit(self, client_address: Any, now: float) -> RefusalReason | None:
@@ -114,7 +116,7 @@ class Gate:
         with self._lock:
             self._take_back()
             refusal = self.places.decide(client_address, now)
-        self._settle()
+        self.settle()
         return refusal
 
     def admit_all(
@@ -130,7 +132,7 @@ class Gate:
         with self._lock:
             self._take_back()
             refusals = [decide(client_address, now) for _, client_address in taken]
-        self._settle()
+        self.settle()
         return refusals
 
     @property
@@ -156,7 +158,7 @@ class Gate:
         with self._lock:
             self._take_back()
             refusal = self._peers.decide(peer, now)
-        self._settle()
+        self.settle()
         return refusal
 
     def take_over(self, client_address: Any, peer: Any = None) -> None:
@@ -170,7 +172,7 @@ class Gate:
             self.places.take_over(client_address)
             if peer is not None and self._peers is not None:
                 self._peers.take_over(peer)
-        self._settle()
+        self.settle()
 
     def leave(self, client_address: Any, peer: Any = None) -> None:
         """Take the place of an admitted connection back.
@@ -182,13 +184,13 @@ class Gate:
             client_address: What accept(2) told.
             peer: Whom `admit_peer` has admitted for it; ``None`` if nobody.
         """
-        self._left.append((client_address, peer))
-        if self._is_awaited:
-            self._settle()
+        self.left.append((client_address, peer))
+        if self.is_awaited:
+            self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Take the places back of those that have left, unless somebody else is about to."""
-        while self._left and self._lock.acquire(blocking=False):
+        while self.left and self._lock.acquire(blocking=False):
             try:
                 self._take_back()
             finally:
@@ -196,18 +198,21 @@ class Gate:
 
     def _take_back(self) -> None:
         """Take the places back of those that have left; with the lock."""
-        left, leave = self._left, self.places.leave
+        left = self.left
+        if not left:
+            return
+        leave, take = self.places.leave, left.popleft
         while left:
-            client_address, peer = left.popleft()
+            client_address, peer = take()
             leave(client_address)
             if peer is not None and self._peers is not None:
                 self._peers.leave(peer)
-            if self._is_awaited:
-                self._tell_room()
+        if self.is_awaited:
+            self._tell_room()
 
     def _tell_room(self) -> None:
         """Tell who waits that there is room; with the lock."""
-        self._is_awaited = False
+        self.is_awaited = False
         assert self._room is not None
         self._room.tell()
 
@@ -224,9 +229,9 @@ class Gate:
                 if self._room is None:
                     self._room = Room()
                 self._room.clear()
-                self._is_awaited = True
+                self.is_awaited = True
                 room = self._room.fileno()
-        self._settle()  # who has left since did not see that it is waited for
+        self.settle()  # who has left since did not see that it is waited for
         return room
 
     def close(self) -> bool:
@@ -238,7 +243,7 @@ class Gate:
             Whether there were any.
         """
         with self._lock:
-            self._is_awaited = False
+            self.is_awaited = False
             room, self._room = self._room, None
         if room is None:
             return False

@@ -240,6 +240,7 @@ class SharedGate(Gate):
         super().__init__(rules, when_full, counts_peers=counts_peers)
         self.places = SharedAdmission(self.places.rules, shared)
         self._shared = shared
+        self.is_awaited = True  # always: others want to know
         self.reserves = when_full is not WhenFull.REFUSE
 
     @property
@@ -259,26 +260,28 @@ class SharedGate(Gate):
         with self._lock:
             self._take_back()
             is_reserved = self.places.reserve()
-        self._settle()
+        self.settle()
         return is_reserved
 
     def forgo(self) -> None:
         """Give back what `reserve` has taken, if nobody came for it."""
         with self._lock:
             self.places.forgo()
-        self._settle()
+        self.settle()
 
-    def leave(self, client_address: Any, peer: Any = None) -> None:
-        """Take the place of an admitted connection back, and at once: others want to know.
+    def settle(self) -> None:
+        """Take the places back of those that have left, and tell who waits for that.
 
-        Never waits, as `Gate.leave`.
+        Never waits, as `Gate.settle`.
         """
-        super().leave(client_address, peer)
-        self._settle()
+        super().settle()
         on_relief = self.on_relief
         if on_relief is not None and not self.leads:
             self.on_relief = None
             on_relief()
+
+    def _tell_room(self) -> None:
+        """Do nothing: who waits is told where the cells of all workers are."""
 
     def await_room(self) -> int | None:
         """Return a descriptor that is readable as soon as there is a place; ``None`` if there is.
@@ -290,14 +293,14 @@ class SharedGate(Gate):
             room = self._shared.begin_to_wait() if self.places.is_full else None
             if room is not None and not self.places.is_full:  # since it was looked at
                 room = None
-        self._settle()
+        self.settle()
         return room
 
     def close(self) -> bool:
         """Say that nobody waits for room any more, and whether somebody did."""
         with self._lock:
             did_wait = self._shared.end_waiting()
-        self._settle()
+        self.settle()
         return did_wait
 
 
