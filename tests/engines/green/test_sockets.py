@@ -154,6 +154,20 @@ class TestReading:
         assert first == b"a" * watch.SMALL + b"b"
         assert rest == b"b" * (watch.SMALL - 1)
 
+    def test_what_was_read_is_kept_if_another_thread_takes_the_rest(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the question how much is there and the read of it."""
+        ours, peer = stage.pair()
+        monkeypatch.setattr(module, "ioctl", lambda *_: module.INT.pack(1))  # it is gone by then
+
+        def receive() -> bytes:
+            peer.sendall(b"x" * watch.SMALL)
+            stage.hub.sleep(SOON)
+            return ours.recv(65536)
+
+        assert stage.run(receive) == [b"x" * watch.SMALL]
+
     @pytest.mark.parametrize("size", [watch.SMALL, watch.SMALL + 1])
     def test_an_end_behind_a_full_read_is_seen_by_the_next(self, stage: Stage, size: int) -> None:
         ours, peer = stage.pair()

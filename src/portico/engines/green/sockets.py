@@ -26,6 +26,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from fcntl import ioctl
 from math import inf
 from struct import Struct
@@ -272,7 +273,8 @@ class GreenSocket(socket.socket):
         # Asked first, because a read that finds an error and no byte would use the error up.
         (waiting,) = INT.unpack(ioctl(self.watch.fd, FIONREAD, bytes(INT.size)))
         if waiting:
-            data += _recv(self, min(waiting, bufsize - len(data)), NOW)
+            with suppress(BlockingIOError):  # another thread that reads here was faster
+                data += _recv(self, min(waiting, bufsize - len(data)), NOW)
         return data
 
     def _read(self, read: Callable[..., T], *args: object, is_file: bool = False) -> T:
