@@ -619,6 +619,27 @@ def test_a_loop_that_is_left_while_it_starts_leaves_nothing(server: TCPServer) -
         assert running.ask(b"hello\n") == b"hello\n"
 
 
+def test_ctrl_c_as_the_loop_begins_ends_it(
+    server: TCPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come when a lock of the standard library's has just been taken, which stays so."""
+    enter = threading.Condition.__enter__
+
+    def interrupt(_: object = None) -> None:
+        monkeypatch.setattr(threading.Condition, "__enter__", enter)
+        raise KeyboardInterrupt
+
+    def enter_and_interrupt(condition: threading.Condition) -> None:
+        enter(condition)
+        interrupt()
+
+    monkeypatch.setattr(server, "service_actions", interrupt)  # it comes here at the latest
+    monkeypatch.setattr(threading.Condition, "__enter__", enter_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        server.serve_forever(0.01)
+    Call(server.shutdown).result()
+
+
 def test_a_closed_server_cannot_serve(server: TCPServer) -> None:
     server.server_close()
     with pytest.raises(ValueError, match="-1"):

@@ -742,7 +742,9 @@ class _Ending(threading.Event):
     def clear(self) -> None:
         """Note that a loop begins: what `socketserver` has every loop say."""
         self.process = os.getpid()
-        super().clear()
+        # As Event does it, without its lock: Ctrl-C just then would leave that taken, and the end
+        # of the loop would wait for it.
+        self._flag = False
 
 
 _service_actions_of_the_base: Final = BaseServer.service_actions

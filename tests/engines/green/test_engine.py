@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import socketserver
-import subprocess
 import sys
 import threading
 import wsgiref.simple_server
@@ -23,7 +22,7 @@ import pytest
 import portico
 from portico.engines.green import GreenMixIn
 from portico.engines.green.sockets import GreenSocket, GreenWriter
-from tests.support import PATIENCE, ROOT, Call, eventually
+from tests.support import PATIENCE, Call, eventually, running_program
 
 
 class GreenTCP(GreenMixIn, portico.TCPServer):
@@ -51,6 +50,16 @@ class StandardTCP(GreenMixIn, socketserver.TCPServer):
 
 class StandardUDP(GreenMixIn, socketserver.UDPServer):
     pass
+
+
+INTERRUPTED = """import os, signal, sys
+            import portico
+            from portico.engines.green import GreenMixIn
+            class Server(GreenMixIn, portico.TCPServer): pass
+            class Handler(portico.BaseRequestHandler):
+                def handle(self): self.request.recv(1)
+"""
+"""The beginning of programs that Ctrl-C ends."""
 
 
 class Echo(portico.BaseRequestHandler):
@@ -426,13 +435,8 @@ class TestFailures:
         assert escaped == [kind, kind]
 
     def test_an_interrupt_of_the_main_thread_leaves_serve_forever(self) -> None:
-        program = """if True:
-            import os, signal, sys, threading
-            import portico
-            from portico.engines.green import GreenMixIn
-            class Server(GreenMixIn, portico.TCPServer): pass
-            class Handler(portico.BaseRequestHandler):
-                def handle(self): self.request.recv(1)
+        program = f"""if True:
+            {INTERRUPTED}
             with Server(("127.0.0.1", 0), Handler) as server:
                 try:
                     print(server.server_address[1], flush=True)
@@ -440,15 +444,36 @@ class TestFailures:
                 except KeyboardInterrupt:
                     print("interrupted", flush=True)
         """
-        with subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        ) as process:
+        with running_program(program) as process:
             assert process.stdout is not None
             port = int(process.stdout.readline())
             with socket.create_connection(("127.0.0.1", port)):
                 process.send_signal(signal.SIGINT)
                 assert process.stdout.readline() == "interrupted\n"
             assert process.wait(PATIENCE) == 0
+
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    def test_an_interrupt_at_the_start_of_a_hub_leaves_no_hub_behind(self, moment: str) -> None:
+        program = f"""if True:
+            {INTERRUPTED}
+            from portico.engines.green.crew import Crew
+            start = Crew.start
+            def interrupted_start(crew):
+                if {moment == "before"}:
+                    os.kill(os.getpid(), signal.SIGINT)
+                start(crew)
+                if {moment == "after"}:
+                    os.kill(os.getpid(), signal.SIGINT)
+            Crew.start = interrupted_start
+            try:
+                with Server(("127.0.0.1", 0), Handler) as server:
+                    server.serve_forever()
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+        """
+        with running_program(program) as process:
+            output, errors = process.communicate(timeout=PATIENCE)
+            assert (output, errors, process.returncode) == ("interrupted\n", "", 0)
 
     def test_a_forked_child_of_a_handler_ends_with_it(self, tcp: Any) -> None:
         class Forking(Echo):

@@ -316,11 +316,12 @@ class GreenMixIn(_Base):
 
     def _end_loop(self, outcome: Outcome) -> None:
         """See that the loop accepts no more, without waiting for a hub that is held."""
+        outcome.is_unwanted = True
         if outcome.has_begun:
             server: Any = self
             server._BaseServer__shutdown_request = True
             self._wake_acceptors()
-            outcome.ended.wait(1)
+        outcome.ended.wait(1)
 
     def _wake_acceptors(self) -> None:
         for crew in self._get_green().crews.live():

@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import threading
-from _thread import get_ident
+from _thread import get_ident, start_new_thread
 from collections import deque
 from collections.abc import Callable
 from contextvars import copy_context
@@ -244,7 +244,8 @@ class Crew:
 
         def run() -> None:
             try:
-                loop()
+                if outcome is None or outcome.begin():
+                    loop()
             except BaseException as error:
                 if outcome is None:
                     report(error)
@@ -260,10 +261,7 @@ class Crew:
             looping.gr_context = context
             looping.switch()
 
-        has_begun = self._enter(begin)
-        if outcome is not None:
-            outcome.has_begun = has_begun
-        return has_begun
+        return self._enter(begin)
 
     def submit(self, request: Request, client_address: ClientAddress) -> bool:
         """Serve a request that another thread accepted; false if the crew has ended."""
@@ -415,8 +413,15 @@ class Outcome:
         # Not an event: a signal that arrives just before the wait for one goes unnoticed in it.
         self._wakeup = Wakeup()
         self.has_begun = False
+        self.is_unwanted = False
+        """Set when nobody waits for the loop any more: then it is not to begin."""
         self.ended = threading.Event()
         self.error: BaseException | None = None
+
+    def begin(self) -> bool:
+        """Note that the loop begins; return whether it still is to."""
+        self.has_begun = True
+        return not self.is_unwanted
 
     def end(self) -> None:
         """Tell who waits.  Callable from any thread."""
@@ -484,12 +489,26 @@ class Crews:
         return crew
 
     def serve(self, loop: Callable[[], None], outcome: Outcome) -> None:
-        """Run a serving loop on the first hub."""
-        while True:
-            crew = self._live[0] if self._live else self.start()
-            if crew.serve(loop, outcome):
-                return
-            crew.thread.join()  # it was about to end; a moment later it is no longer live
+        """Run a serving loop on the first hub; how that ends, `outcome` says.
+
+        A thread begins with it that Ctrl-C does not reach: raised here, in the midst of it, that
+        would leave a hub without a loop, for whose end the program waits when it ends.
+        """
+        context = copy_context()
+
+        def begin() -> None:
+            try:
+                while True:
+                    crew = self._live[0] if self._live else self.start()
+                    if context.run(crew.serve, loop, outcome):
+                        return
+                    crew.thread.join()  # it was about to end; a moment later it is no longer live
+            except BaseException as error:
+                outcome.error = error
+                outcome.end()
+
+        # Not a Thread, whose start may be interrupted, too.
+        start_new_thread(begin, ())
 
     def submit(self, request: Request, client_address: ClientAddress) -> None:
         """Serve a request that was accepted in a thread without a hub of ours."""

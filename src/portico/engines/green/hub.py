@@ -81,6 +81,8 @@ class Hub(asyncio.SelectorEventLoop):
         poller: What to poll with; the best of the system by default.
     """
 
+    _is_made = False
+
     def __init__(self, poller: Poller | None = None) -> None:
         self.poller = make_poller() if poller is None else poller
         self.greenlet: greenlet = NOBODY
@@ -96,7 +98,13 @@ class Hub(asyncio.SelectorEventLoop):
         """Whether this is a copy in a child process of a hub of its parent's."""
         with _unlogged():
             super().__init__(self.poller)
+        self._is_made = True
         _hubs.add(self)
+
+    def __del__(self) -> None:
+        # asyncio is not prepared for a want of descriptors that ended __init__ in its midst.
+        if self._is_made:
+            super().__del__()
 
     def run_forever(self) -> None:
         """Run until `stop`.
