@@ -18,13 +18,15 @@ BIN := .venv/bin
 # CPython's own tests, which run in every supported interpreter by themselves.
 CPYTHON_TESTS := tests/compat/test_cpython.py
 
+SHORT := --ignore=$(CPYTHON_TESTS) -m "not long"
+
 # One resolution for every supported Python, with markers where they differ, and without the
 # addresses and folders of the machine that made it.
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --quiet \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test environment lint format types unit wheel-suite compat compat-next \
+.PHONY: help run test environment lint format types unit suites long cpython compat compat-next \
 	docs wheel bench fuzz lock changelog pre-commit clean
 
 help: ## say what there is
@@ -34,7 +36,7 @@ run: ## start the key-value server; PORT=6380 chooses where
 	@$(PYTHON) tools/environment.py .venv requirements/run.txt
 	@exec $(BIN)/python examples/keyvalue.py $(PORT)
 
-test: lint types unit wheel-suite compat docs ## run everything that CI runs
+test: lint types docs suites cpython long ## run everything that CI runs
 
 environment: ## make .venv with all tools in it, or bring it up to date
 	@$(PYTHON) tools/environment.py .venv requirements/dev.txt
@@ -52,15 +54,14 @@ types: environment ## check types (mypy, pyright) and that the public face is co
 	$(BIN)/pyright --warnings
 	$(BIN)/python -m tools.typed_face
 
-unit: environment ## run the tests on the sources, with coverage of lines and branches
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --ignore=$(CPYTHON_TESTS) -m "not long"
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
-	$(BIN)/python -m pytest -m long
+unit: environment ## run the tests on the sources, but for the long ones
+	$(BIN)/python -m pytest $(SHORT)
 
-wheel-suite: wheel ## run the tests on the built wheel, on every other supported Python
-	$(BIN)/python -m tools.wheel_suite --ignore=$(CPYTHON_TESTS) -m "not long" --quiet
+suites: wheel ## run them on every supported Python, the wheel on the others, and measure coverage
+	$(BIN)/python -m tools.suites $(SHORT)
+
+long: environment ## run the tests that put a crowd of clients on a server, or measure it
+	$(BIN)/python -m pytest -m long
 
 bench: environment ## measure every engine beside its peers
 	@$(PYTHON) tools/environment.py .venv requirements/bench.txt
@@ -72,7 +73,10 @@ fuzz: environment ## try to break the PROXY protocol parser; SECONDS=60 chooses 
 	$(BIN)/python -m fuzz.proxy -max_total_time=$(SECONDS) -max_len=5000 -timeout=5 \
 		-artifact_prefix=.fuzz/ .fuzz/proxy fuzz/corpus/proxy
 
-compat: environment ## run CPython's own tests on portico, on every supported Python
+cpython: environment ## run CPython's own tests on portico, on every supported Python
+	$(BIN)/python -m pytest $(CPYTHON_TESTS)
+
+compat: environment ## run these and the habits of public programs
 	$(BIN)/python -m pytest tests/compat
 
 compat-next: environment ## the same on Python 3.14 and 3.15, from Debian unstable; needs root

@@ -76,6 +76,16 @@ def is_running(child: int) -> bool:
     return True
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have programs that the test starts run without coverage, for those that are interrupted.
+
+    What a signal handler raises while the measurement runs Python code of its own is lost.
+    """
+    for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> "Authority":
     """A certificate authority that the tests and their clients trust."""

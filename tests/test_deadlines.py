@@ -181,10 +181,21 @@ def test_a_kernel_that_counts_no_acknowledgements_is_believed() -> None:
 def test_counts_of_ones_own_do_where_the_kernel_tells_no_instants() -> None:
     """A byte moved between two looks, at the latest just now."""
     watched = Watched(idle_timeout=80.0)
-    for at, received, sent in [(10, 0, 0), (20, 5, 0), (30, 5, 7), (100, 5, 7)]:
-        counted = UNIX._replace(received=received, sent=sent)
+    for at in range(10, 110, 10):
+        counted = UNIX._replace(received=5 if at >= 20 else 1, sent=7 if at >= 30 else 1)
         assert watched.judge(at, counted).deadline is None
     assert watched.judge(110, UNIX._replace(received=5, sent=7)).deadline is Deadline.IDLE
+
+
+def test_what_nobody_looked_at_is_not_held_against_the_peer() -> None:
+    """On a machine that stood still a look comes before the handler that would have gone on."""
+    watched = Watched(idle_timeout=80.0)
+    counted = UNIX._replace(received=5, sent=7)
+    assert watched.judge(10, counted).deadline is None
+    assert watched.judge(500, counted).deadline is None
+    for at in range(510, 560, 10):
+        assert watched.judge(at, counted).deadline is None
+    assert watched.judge(560, counted).deadline is Deadline.IDLE
 
 
 def test_a_connection_of_which_nothing_is_known_is_never_called_idle() -> None:

@@ -211,9 +211,9 @@ def test_what_the_engine_knows_stands_for_bytes_that_the_kernel_does_not_count(
 ) -> None:
     keeper = scene.keep(Rules(idle_timeout=10.0))
     connection = scene.add()
-    for seconds, scene.server.activity in zip((0, 9), activity, strict=True):
-        keeper.look_at_all(connection.accepted + seconds + 2)
-    keeper.look_at_all(connection.accepted + 12.5)
+    for look in range(1, 11):
+        scene.server.activity = activity[look > 4]
+        keeper.look_at_all(connection.accepted + 1.25 * look)
     assert connection.was_cut is is_ended
     assert connection.deadline is (Deadline.IDLE if is_ended else None)
 

@@ -177,6 +177,10 @@ class Deadlines:
     def _note_moves(self, memory: Memory, now: float, traffic: Traffic) -> None:
         """Find out when the last byte moved."""
         moved, before = memory.moved, memory.before
+        if traffic.received and traffic.since_received is None:
+            # No kernel saw it.  What nobody looked at is not held against the peer: on a machine that stood still, a
+            # look comes late, and before the handler that would have gone on by then.
+            moved += max(0.0, now - memory.looked - self._idle_pause)
         if traffic.since_received is not None:
             moved = max(moved, now - traffic.since_received + TICK)
         elif before is not None and traffic.received != before.received:
@@ -198,10 +202,10 @@ class Deadlines:
             memory.waited = None
             return
         if memory.waited is None:
-            memory.waited, memory.gained = -self.rules.rate_grace, 0
-        memory.was_turn = bool(waits_to_read) and not traffic.unread
-        if before is not None and before.received is not None and memory.waited >= 0:
+            memory.waited, memory.gained = -self.rules.rate_grace, 0  # what came before is no gain
+        elif before is not None and before.received is not None and memory.waited >= 0:
             memory.gained += traffic.received - before.received
+        memory.was_turn = bool(waits_to_read) and not traffic.unread
         # Waiting at both ends of the time between two looks stands for waiting throughout.  A
         # look that finds the handler at work excuses the peer for the time around it, no more.
         if was_turn and memory.was_turn:

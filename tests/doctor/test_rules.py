@@ -402,6 +402,12 @@ def test_a_handler_that_blocks_holds_up_others_on_an_event_loop_alone() -> None:
     assert said(program.targets, facts, configured(engine="threads")) == [OK, OK]
 
 
+def test_a_stall_in_a_library_is_told_without_a_line() -> None:
+    facts = tried(stalls=(Stall("", 0.25),))
+    found = only(program.targets(facts, configured(engine="green")), WARN)
+    assert "0.2 s or more outside of the program's own files" in found.found
+
+
 @pytest.mark.parametrize(
     ("results", "expected"),
     [({}, OK), ({"failures": ("ValueError",)}, WARN), ({"problem": "it was not served"}, FAIL)],

@@ -91,21 +91,24 @@ def test_an_import_that_never_ends_is_ended(folder: Path) -> None:
 
 def test_a_handler_that_blocks_is_found_with_its_line(folder: Path) -> None:
     trial = tried(folder, "import time\n" + BLOCKS, TrialRequest(1.5, b"hello\n"))
-    assert [Path(stall.place).name for stall in trial.stalls] == ["service.py:7"]
-    assert trial.stalls[0].duration >= 0.1
+    # A busy machine may hold up the trial itself, too, which is at none of the program's lines.
+    stalls = {Path(stall.place).name: stall.duration for stall in trial.stalls if stall.place}
+    assert stalls.keys() == {"service.py:7"}
+    assert stalls["service.py:7"] >= 0.1
     assert trial.problem == ""
 
 
 def test_a_handler_that_goes_on_holds_up_nobody(folder: Path) -> None:
     trial = tried(folder, ECHO, TrialRequest(0.5, b"hello\n"))
-    assert (trial.stalls, trial.failures, trial.problem) == ((), (), "")
+    assert ([stall for stall in trial.stalls if stall.place], trial.failures) == ([], ())
+    assert trial.problem == ""
     assert 0 < trial.answered <= trial.clients <= 400
 
 
 def test_a_handler_that_never_ends_does_not_hold_up_the_trial(folder: Path) -> None:
     source = ECHO.replace("            self.wfile.write(line)", "            while True: pass")
     trial = tried(folder, source, TrialRequest(1.0, b"hello\n"))
-    assert [Path(stall.place).name for stall in trial.stalls] == ["service.py:6"]
+    assert {Path(stall.place).name for stall in trial.stalls if stall.place} == {"service.py:6"}
     assert trial.answered == 0
 
 

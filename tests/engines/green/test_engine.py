@@ -434,6 +434,7 @@ class TestFailures:
             eventually(lambda: len(escaped) == 2)
         assert escaped == [kind, kind]
 
+    @pytest.mark.usefixtures("unmeasured")
     def test_an_interrupt_of_the_main_thread_leaves_serve_forever(self) -> None:
         program = f"""if True:
             {INTERRUPTED}
@@ -452,6 +453,7 @@ class TestFailures:
                 assert process.stdout.readline() == "interrupted\n"
             assert process.wait(PATIENCE) == 0
 
+    @pytest.mark.usefixtures("unmeasured")
     @pytest.mark.parametrize("moment", ["before", "after"])
     def test_an_interrupt_at_the_start_of_a_hub_leaves_no_hub_behind(self, moment: str) -> None:
         program = f"""if True:

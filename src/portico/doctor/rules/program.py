@@ -58,7 +58,8 @@ def _of_trial(service: ServiceSettings, trial: Trial) -> Iterator[Finding]:
         return
     for stall in trial.stalls:
         held = f"held its event loop for {stall.duration:.1f} s or more"
-        found = f"{service.target} {held} at {stall.place}"
+        where = f"at {stall.place}" if stall.place else "outside of the program's own files"
+        found = f"{service.target} {held} {where}"
         if service.settings.engine == "green":
             yield warn(
                 "trial",
