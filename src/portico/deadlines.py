@@ -178,8 +178,8 @@ class Deadlines:
         """Find out when the last byte moved."""
         moved, before = memory.moved, memory.before
         if traffic.received and traffic.since_received is None:
-            # No kernel saw it.  What nobody looked at is not held against the peer: on a machine that stood still, a
-            # look comes late, and before the handler that would have gone on by then.
+            # No kernel saw it.  What nobody looked at is not held against the peer: on a machine
+            # that stood still, a look comes late, and before the handler that would have gone on.
             moved += max(0.0, now - memory.looked - self._idle_pause)
         if traffic.since_received is not None:
             moved = max(moved, now - traffic.since_received + TICK)
