@@ -305,7 +305,7 @@ def test_a_reload_that_cannot_start_is_given_up_and_those_that_serve_stay() -> N
     situation = seen(workers, 2, serving=replace(FIRST, failures=1), upcoming=failed)
     assert GiveUp(2, "it cannot import app") in decide(situation, 1)
     given_up = replace(situation, upcoming=None)
-    assert {Drain(2, ""), Interrupt(3)} <= set(decide(given_up, 1))
+    assert {Drain(2, ""), Drain(3, "")} <= set(decide(given_up, 1))
     assert not [each for each in decide(given_up, 1) if getattr(each, "worker", 0) == 1]
 
 
@@ -318,11 +318,32 @@ def test_a_worker_that_dies_meanwhile_is_replaced_as_ever() -> None:
 # --- the end -----------------------------------------------------------------------------
 
 
-def test_at_the_end_who_serves_drains_and_who_does_not_yet_ends() -> None:
+def test_at_the_end_all_drain_who_may_serve_by_now() -> None:
+    """A worker that has begun to serve since it last spoke has clients."""
     draining = replace(ready(3), stage=Stage.DRAINING)
     situation = seen((ready(1), starting(2), draining), 2, FIRST, stop=Stop.DRAIN)
-    assert told(*decide(situation, 1)) == [Drain(1, ""), Interrupt(2)]
+    assert told(*decide(situation, 1)) == [Drain(1, ""), Drain(2, "")]
     assert decide(replace(situation, workers=()), 1) == [End()]
+
+
+def test_who_never_served_has_no_long_drain() -> None:
+    """It has no clients; and an import may hang without end."""
+    told_to_drain = replace(starting(1), stage=Stage.DRAINING, since=10)
+    situation = seen((told_to_drain,), 1, FIRST, stop=Stop.DRAIN)
+    assert decide(situation, 10) == [Wait(10 + KILL_PATIENCE)]
+    killed = decide(situation, 10 + KILL_PATIENCE)
+    assert [type(action) for action in killed] == [Kill]
+    serving = replace(situation, workers=(replace(told_to_drain, ready=10.5),))
+    assert decide(serving, 11) == [Wait(30)]
+
+
+def test_a_generation_that_takes_over_is_all_that_is_decided_then() -> None:
+    """The one before it may miss a worker, or have a worn one, at this very moment."""
+    workers = (ready(2), ready(3, 2), ready(4, 2))
+    situation = seen(workers, 2, serving=FIRST, upcoming=SECOND)
+    assert told(*decide(situation, 1)) == [Adopt(2)]
+    adopted = replace(situation, serving=situation.upcoming, upcoming=None)
+    assert told(*decide(adopted, 1)) == [Drain(2, "")]
 
 
 def test_at_the_second_signal_all_are_interrupted_and_killed_if_they_stay() -> None:

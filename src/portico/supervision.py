@@ -253,12 +253,10 @@ def decide(situation: Situation, now: float) -> list[Action]:
     elif situation.serving is None and situation.upcoming is None and not situation.workers:
         actions = [End()]
     else:
-        actions = [
-            *_look_after(situation, now),
-            *_bring_up(situation),
-            *_keep_up(situation, now),
-            *_retire(situation),
-        ]
+        actions = [*_look_after(situation, now), *_bring_up(situation)]
+        # What is to be done for a generation that is about to be replaced is asked again then.
+        if not any(isinstance(action, Adopt | GiveUp) for action in actions):
+            actions += [*_keep_up(situation, now), *_retire(situation)]
     instants = [action.until for action in actions if isinstance(action, Wait)]
     decided: list[Action] = [action for action in actions if not isinstance(action, Wait)]
     if instants:
@@ -326,11 +324,7 @@ def _end(situation: Situation, now: float) -> list[Action]:
     if not situation.workers:
         return [End()]
     actions = _look_after(situation, now)
-    for worker in situation.workers:
-        if worker.stage is Stage.STARTING:
-            actions.append(Interrupt(worker.number))
-        elif worker.stage is Stage.READY:
-            actions.append(Drain(worker.number, ""))
+    actions += [Drain(worker.number, "") for worker in _living(situation)]
     return actions
 
 
@@ -341,7 +335,7 @@ def _look_after(situation: Situation, now: float) -> list[Action]:
         deadline, reason = _deadline(worker, _limits_of(situation, worker))
         if deadline > now:
             actions += [Wait(deadline)] if deadline < inf else []
-        elif worker.stage is Stage.INTERRUPTED or worker.has_answered:
+        elif worker.stage is Stage.INTERRUPTED or worker.has_answered or _has_nobody(worker):
             actions.append(Kill(worker.number, reason))
         else:
             actions.append(_next_report(worker, reason, now))
@@ -409,17 +403,13 @@ def _start_missing(serving: Generation, missing: int, starting: int, now: float)
 
 
 def _retire(situation: Situation) -> list[Action]:
-    """Drain the workers of generations that have been replaced, and end those that never served."""
+    """Drain the workers of generations that have been replaced."""
     current = {each.number for each in (situation.serving, situation.upcoming) if each is not None}
-    actions: list[Action] = []
-    for worker in _living(situation):
-        if worker.generation in current:
-            continue
-        if worker.stage is Stage.READY:
-            actions.append(Drain(worker.number, ""))
-        else:
-            actions.append(Interrupt(worker.number))
-    return actions
+    return [
+        Drain(worker.number, "")
+        for worker in _living(situation)
+        if worker.generation not in current
+    ]
 
 
 # ------------------------------------------------------------------------------- looks at them
@@ -428,6 +418,11 @@ def _retire(situation: Situation) -> list[Action]:
 def _living(situation: Situation) -> list[Worker]:
     """Return the workers that serve or are about to."""
     return [each for each in situation.workers if each.stage in {Stage.STARTING, Stage.READY}]
+
+
+def _has_nobody(worker: Worker) -> bool:
+    """Say whether a worker drains that has not served: it says so before it accepts anybody."""
+    return worker.stage is Stage.DRAINING and worker.ready is None
 
 
 def _limits_of(situation: Situation, worker: Worker) -> Limits:
@@ -445,6 +440,8 @@ def _deadline(worker: Worker, limits: Limits) -> tuple[float, str]:
         return _after(worker.since, limits.start_timeout, "it does not serve after {:g} s")
     if worker.stage is Stage.READY:
         return _after(worker.beat, limits.worker_timeout, "no sign of life for {:g} s")
+    if _has_nobody(worker):
+        return _after(worker.since, KILL_PATIENCE, "it did not end within {:g} s")
     if worker.stage is Stage.DRAINING:
         return _after(worker.since, limits.drain_timeout, "it still drains after {:g} s")
     if worker.stage is Stage.INTERRUPTED:

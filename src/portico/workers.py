@@ -251,6 +251,8 @@ class Workers:
                 process.state = replace(state, stage=Stage.READY, since=now, ready=now, beat=now)
                 say(f"{process} is ready")
                 self._change(state.generation, note_ready)
+            case "ready" if state.stage is Stage.DRAINING:
+                process.state = replace(state, ready=now)
             case "failed":
                 process.failure = str(message.get("reason"))
             case "left":
@@ -276,11 +278,12 @@ class Workers:
         counts = self.counters.release(process.row)
         state = process.state = replace(process.state, requests=counts.served)
         how, now = said_end(status), time.monotonic()
-        if state.ready is None and state.stage is not Stage.INTERRUPTED:
+        was_told = state.stage in {Stage.DRAINING, Stage.INTERRUPTED}
+        if state.ready is None and not was_told:
             say(f"{process} could not start: {process.failure or f'it {how}'}")
         elif state.stage is Stage.DRAINING and status == 0:
             say(f"{process} has ended")
-        elif state.stage is Stage.INTERRUPTED and status in {0, INTERRUPT_SIGNAL}:
+        elif was_told and status in {0, INTERRUPT_SIGNAL, signal.SIGTERM}:
             say(f"{process} has ended at once")
         else:
             say(f"{process} {how}")
