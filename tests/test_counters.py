@@ -554,3 +554,20 @@ def test_a_bell_is_heard_until_it_is_hushed(
             os.read(bell.fileno(), 8)
     bell.close()
     assert bell.fileno() < 0
+
+
+def test_threads_that_wait_for_each_others_stations_are_no_deadlock(counters: Counters) -> None:
+    """To the kernel they look like one: it takes the threads of a process for one."""
+
+    def enter(station: int) -> None:
+        for _ in range(3000):
+            with counters.exclusive(station):
+                pass
+
+    def enter_both() -> None:
+        calls = [Call(enter, station) for station in (1, 2)]
+        for call in calls:
+            call.result()
+
+    children = [forked(enter_both) for _ in range(2)]
+    assert [ended(child) for child in children] == [0, 0]

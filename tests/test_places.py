@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 import portico
-from portico import address, service
+from portico import address, service, worker
 from portico.admission import AdmissionRules
 from portico.counters import Counters, Row
 from portico.counts import Cell, Totals
 from portico.events import RefusalReason
 from portico.gate import WhenFull
 from portico.listener import open_listener
-from portico.places import LOOK_AGAIN, SharedGate, SharedPlaces
+from portico.places import LOOK_AGAIN, SILENCE, SharedGate, SharedPlaces
 from portico.service import Assignment, Service, share_places, station_names
 from portico.settings import Settings
 from tests.support import PATIENCE, eventually
@@ -553,6 +553,20 @@ def test_a_worker_leads_that_has_clearly_more_than_its_share(counters: Counters)
     assert leads == [(False, False), (True, False), (False, False)]
 
 
+def test_nobody_is_left_to_workers_that_give_no_sign_of_life(
+    counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row(counters, counters.claim()) for _ in range(2)]
+    one, _ = (SharedPlaces(row.station(HERE), 100, workers=2) for row in rows)
+    for _ in range(10):
+        assert one.take()
+    assert one.leads
+    later = time.monotonic_ns() + int((SILENCE + 1) * 1e9)
+    monkeypatch.setattr("portico.places.monotonic_ns", lambda: later)
+    assert not one.leads
+    assert SILENCE > worker.BEAT_INTERVAL
+
+
 def test_a_worker_alone_never_leads(counters: Counters) -> None:
     alone = places(counters, 100)
     for _ in range(50):
@@ -561,7 +575,7 @@ def test_a_worker_alone_never_leads(counters: Counters) -> None:
 
 
 def test_who_leaves_clients_to_others_learns_that_it_leads_no_more(counters: Counters) -> None:
-    row = Row(counters, counters.claim())
+    row, _ = (Row(counters, counters.claim()) for _ in range(2))
     shared = SharedPlaces(row.station(HERE), 100, workers=2)
     leading = SharedGate(AdmissionRules(max_connections=100), WhenFull.WAIT, shared=shared)
     for _ in range(4):

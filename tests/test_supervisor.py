@@ -422,9 +422,7 @@ def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: 
         program.wait_ready(1)
         with program.connect() as first, program.connect() as second, program.connect() as third:
             for client in (first, second):
-                client.sendall(b"here\n")
-                assert client.recv(64) == b"here\n"
-                client.sendall(b"half ")  # so it is not idle
+                begin_request(client)
             third.sendall(b"who\n")
             program.write(SECOND)
             program.send(signal.SIGHUP)

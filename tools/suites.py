@@ -36,6 +36,8 @@ class Suite:
 
     name: str
     """What its lines begin with, such as ``3.12``."""
+    part: tuple[str, ...]
+    """Arguments for pytest that say which part of the tests it is; empty for all."""
     python: Path
     """The interpreter of an environment with portico and the tools of the tests in it."""
     is_measured: bool
@@ -45,7 +47,7 @@ class Suite:
         """Run pytest, and say whether all passed."""
         measure = ("-m", "coverage", "run") if self.is_measured else ()
         with subprocess.Popen(
-            [self.python, *measure, "-m", "pytest", *arguments],
+            [self.python, *measure, "-m", "pytest", *self.part, *arguments],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -57,6 +59,12 @@ class Suite:
                 with _printing:
                     print(f"{self.name}: {line}", end="", flush=True)
         return pytest.returncode == 0
+
+
+WHOLE: tuple[tuple[str, ...], ...] = ((),)
+
+HALVES = (("--ignore=tests/scenarios",), ("tests/scenarios",))
+"""Parts that take about as long: measured, all would take much longer than on the other Pythons."""
 
 
 def prepare(wheel: Path, interpreter: Interpreter) -> Path:
@@ -75,11 +83,16 @@ def plan(found: list[Interpreter], wheel: Path) -> list[Suite]:
     suites = []
     for interpreter in found:
         is_measured = interpreter.version == measured
+        parts = HALVES if is_measured else WHOLE
         if interpreter.name == here:
-            suites.append(Suite(f"{here} sources", Path(sys.executable), is_measured))
-        if interpreter.name != here or len(found) == 1:
+            python = Path(sys.executable)
+            suites += [Suite(f"{here} sources", part, python, is_measured) for part in parts]
+        if interpreter.name != here:
             python = prepare(wheel, interpreter)
-            suites.append(Suite(interpreter.name, python, is_measured and len(found) > 1))
+            suites += [Suite(interpreter.name, part, python, is_measured) for part in parts]
+        elif len(found) == 1:
+            python = prepare(wheel, interpreter)
+            suites.append(Suite(interpreter.name, (), python, is_measured=False))
     return suites
 
 
@@ -99,8 +112,8 @@ def main(arguments: list[str]) -> int:
     found = interpreters.find_all()
     suites = plan(found, wheel)
     subprocess.run([sys.executable, "-m", "coverage", "erase"], cwd=ROOT, check=True)
-    # One more than there are processors: a test waits for most of its time.
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as runs:
+    # More than there are processors: a test waits for most of its time.
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 2) as runs:
         outcomes = runs.map(lambda suite: suite.run(arguments), suites)
         failed = [
             suite.name for suite, has_passed in zip(suites, outcomes, strict=True) if not has_passed

@@ -19,6 +19,7 @@ and "File Sealing": without a seal whoever has the descriptor could end all with
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -414,6 +415,17 @@ class Counters:
         counts = self._sum_of_row(number)
         return Pulse(plate[_Plate.OWNER], plate[_Plate.HEARTBEAT], counts.served, counts.active)
 
+    def beating(self, since: int) -> int:
+        """Return how many workers have given a sign of life since an instant.
+
+        Args:
+            since: Nanoseconds of `time.monotonic_ns`.
+        """
+        plates = map(self.plate, range(self._memory[_Header.USED]))
+        return sum(
+            plate[_Plate.CLAIMANT] != 0 and plate[_Plate.HEARTBEAT] >= since for plate in plates
+        )
+
     def plate(self, number: int) -> memoryview[int]:
         """Return the cells of a row that belong to no station."""
         first = self._plates + number * _PLATE
@@ -517,7 +529,7 @@ class Counters:
         if descriptor < 0:  # nobody else has the mapping
             yield
             return
-        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, station)
+        _lock(descriptor, station)
         try:
             yield
         finally:
@@ -532,6 +544,23 @@ class Counters:
             yield
         finally:
             memory[_Header.MOVES] += 1
+
+
+def _lock(descriptor: int, station: int) -> None:
+    """Wait for a lock that other processes have.
+
+    The kernel takes the threads of a process for one: two that hold a station each and wait for
+    the other's, in two processes, look to it like a deadlock.  A thread holds one station at a time
+    (`Counters.exclusive`), so it is none, and is over soon.
+    """
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, station)
+        except OSError as error:
+            if error.errno != errno.EDEADLK:
+                raise
+        else:
+            return
 
 
 _written: WeakSet[Station] = WeakSet()

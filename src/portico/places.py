@@ -46,6 +46,13 @@ LEAD: Final = 1.25
 """How many times its share of all connections a worker may have, and one more, before it leaves
 those who come next to the others for a while."""
 
+SILENCE: Final = 2.5
+"""Seconds without a sign of life after which nobody is left to a worker: it is stuck, or drains.
+One that accepts gives a sign every two."""
+
+COUNT_INTERVAL: Final = 0.5
+"""Seconds after which the workers that give signs are counted again."""
+
 
 class SharedPlaces:
     """The places of one address, as one worker sees them.
@@ -62,7 +69,9 @@ class SharedPlaces:
         bell = station.counters.bell_of(station.number)
         assert bell is not None, "several workers have a mapping that is shared"
         self.limit = limit
+        self._workers = workers
         self._share = LEAD / workers
+        self._accepting, self._counted = workers, 0
         self._station = station
         self._bell = bell
         self._fence = Lock()  # guards nothing: see `_settle_order`
@@ -79,8 +88,18 @@ class SharedPlaces:
 
     @property
     def leads(self) -> bool:
-        """Whether this worker has clearly more than its share of the connections."""
-        return self._station.cells[Cell.PLACES] > 1 + self._share * self.taken
+        """Whether this worker has clearly more than its share of the connections.
+
+        That of the workers that can take one: with the others stuck or gone, it never has.
+        """
+        mine, taken = self._station.cells[Cell.PLACES], self.taken
+        if mine <= 1 + self._share * taken:
+            return False
+        now = monotonic_ns()
+        if now - self._counted >= COUNT_INTERVAL * 1e9:
+            beating = self._station.counters.beating(now - int(SILENCE * 1e9))
+            self._accepting, self._counted = max(1, min(self._workers, beating)), now
+        return mine > 1 + LEAD / self._accepting * taken
 
     def take(self) -> bool:
         """Take a place, and say whether there was one."""
@@ -205,9 +224,15 @@ class SharedAdmission(Admission):
             self.forgo()
         elif self._reserved:
             self._reserved -= 1
-        elif not self._shared.take():
-            self.take_back(client_address)
-            return RefusalReason.TOO_MANY
+        else:
+            try:
+                has_place = self._shared.take()
+            except BaseException:
+                self.take_back(client_address)
+                raise
+            if not has_place:
+                self.take_back(client_address)
+                return RefusalReason.TOO_MANY
         return refusal
 
     def take_over(self, client_address: Any) -> None:
