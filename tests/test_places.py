@@ -560,10 +560,11 @@ def test_nobody_is_left_to_workers_that_give_no_sign_of_life(
     one, _ = (SharedPlaces(row.station(HERE), 100, workers=2) for row in rows)
     for _ in range(10):
         assert one.take()
-    assert one.leads
+    leads = [one.leads]
     later = time.monotonic_ns() + int((SILENCE + 1) * 1e9)
     monkeypatch.setattr("portico.places.monotonic_ns", lambda: later)
-    assert not one.leads
+    leads.append(one.leads)
+    assert leads == [True, False]
     assert SILENCE > worker.BEAT_INTERVAL
 
 

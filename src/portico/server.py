@@ -220,7 +220,8 @@ class BaseServer(RequestPath):
                 if self._guard.lobby is not None and self.__pause is None:
                     self.__look_into_lobby(self._guard.lobby)
                 if ready:
-                    self._handle_request_noblock()
+                    if self.__pause is None:  # who was let in may have taken the last place
+                        self._handle_request_noblock()
                 elif not is_open(self):
                     self.__lose_listener(None)
                     break

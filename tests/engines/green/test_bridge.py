@@ -310,3 +310,31 @@ class TestAsyncHandlers:
         with pytest.raises(ConnectionResetError):
             Steps(None, None, None)
         assert order == ["setup", "handle", "finish"]
+
+
+def test_a_coroutine_that_would_end_the_program_ends_its_handler_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """asyncio lets such an exception out of its loop, in which the other handlers run."""
+    escaped: list[type[BaseException] | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: escaped.append(args.exc_type))
+
+    async def leave() -> None:
+        raise SystemExit(1)
+
+    class Leaving(portico.StreamRequestHandler):
+        def handle(self) -> None:
+            for line in self.rfile:
+                if line == b"leave\n":
+                    await_(leave())
+                self.wfile.write(line)
+
+    with serving(GreenTCP, Leaving) as server, connected(server) as other:
+        assert ask(other, b"one\n") == b"one\n"
+        with connected(server) as leaving:
+            leaving.sendall(b"leave\n")
+            assert leaving.recv(100) == b""
+        assert ask(other, b"two\n") == b"two\n"
+        with connected(server) as later:
+            assert ask(later, b"three\n") == b"three\n"
+    assert set(escaped) == {SystemExit}

@@ -21,6 +21,7 @@ import pytest
 
 import portico
 from portico.engines.green import GreenMixIn
+from portico.engines.green.crew import Outcome
 from portico.engines.green.sockets import GreenSocket, GreenWriter
 from tests.support import PATIENCE, Call, eventually, running_program
 
@@ -433,6 +434,48 @@ class TestFailures:
                     assert client.recv(1) == b""
             eventually(lambda: len(escaped) == 2)
         assert escaped == [kind, kind]
+
+    def test_a_hook_of_threads_that_raises_ends_nobody(
+        self, tcp: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: object) -> None:
+            raise RuntimeError
+
+        class Leaving(portico.BaseRequestHandler):
+            def handle(self) -> None:
+                if self.request.recv(1) == b"x":
+                    raise SystemExit
+                self.request.sendall(b"served")
+
+        monkeypatch.setattr(threading, "excepthook", fail)
+        with serving(tcp, Leaving) as server:
+            for said, answer in ((b"x", b""), (b"y", b"served"), (b"x", b""), (b"y", b"served")):
+                with connected(server) as client:
+                    client.sendall(said)
+                    assert client.recv(100) == answer
+
+    def test_an_interrupt_after_the_loop_has_ended_leaves_the_next_one_alone(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wait = Outcome.wait
+
+        def wait_and_raise(outcome: Outcome, poll_interval: float) -> None:
+            wait(outcome, poll_interval)
+            raise KeyboardInterrupt
+
+        with GreenTCP(("127.0.0.1", 0), Echo) as server:
+            with monkeypatch.context() as patched:
+                patched.setattr(Outcome, "wait", wait_and_raise)
+                loop = Call(server.serve_forever)
+                with connected(server) as client:
+                    assert ask(client, b"one") == b"one"
+                server.shutdown()
+                assert isinstance(loop.failure(), KeyboardInterrupt)
+            again = Call(server.serve_forever)
+            with connected(server) as client:
+                assert ask(client, b"two") == b"two"
+            server.shutdown()
+            again.result()
 
     @pytest.mark.usefixtures("unmeasured")
     def test_an_interrupt_of_the_main_thread_leaves_serve_forever(self) -> None:

@@ -93,6 +93,45 @@ def test_other_hubs_serve_while_one_is_held() -> None:
         server.release.set()
 
 
+def test_service_actions_run_beside_no_other_hook() -> None:
+    """Whichever hub accepts: a program's hooks need no lock of their own."""
+    hooks = threading.Lock()
+    overlaps: list[str] = []
+    seen: set[int] = set()
+    pause = threading.Event()
+
+    class Hooked(Hubs):
+        def take_turn(self, name: str) -> None:
+            if not hooks.acquire(blocking=False):
+                overlaps.append(name)
+                return
+            pause.wait(0.002)
+            hooks.release()
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            seen.add(threading.get_ident())
+            self.take_turn("verify_request")
+            return True
+
+        def service_actions(self) -> None:
+            self.take_turn("service_actions")
+
+    with Hooked(("127.0.0.1", 0), Blocking) as server:
+        loop = Call(server.serve_forever, 0.001)
+        with connected(server) as held:
+            assert ask(held, b"block\n") == b"block\n"
+            with connected(server) as other:  # another hub is started for it
+                assert ask(other, b"served\n") == b"served\n"
+            server.release.set()
+            for _ in range(100):
+                with connected(server) as client:
+                    assert ask(client, b"served\n") == b"served\n"
+        server.shutdown()
+        loop.result()
+    assert len(seen) > 1
+    assert not overlaps
+
+
 def test_hubs_are_started_up_to_the_limit() -> None:
     with serving(Hubs, Blocking) as server:
         clients = []

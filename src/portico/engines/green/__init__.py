@@ -316,12 +316,13 @@ class GreenMixIn(_Base):
 
     def _end_loop(self, outcome: Outcome) -> None:
         """See that the loop accepts no more, without waiting for a hub that is held."""
+        server: Any = self
         outcome.is_unwanted = True
-        if outcome.has_begun:
-            server: Any = self
+        if outcome.has_begun and not outcome.ended.is_set():
             server._BaseServer__shutdown_request = True
             self._wake_acceptors()
-        outcome.ended.wait(1)
+        if outcome.ended.wait(1) and not self._get_green().is_serving:
+            server._BaseServer__shutdown_request = False  # it may have ended before it was asked
 
     def _wake_acceptors(self) -> None:
         for crew in self._get_green().crews.live():

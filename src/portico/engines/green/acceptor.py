@@ -149,6 +149,7 @@ class GreenAcceptor(Acceptor):
                     return True
                 break
         self.is_woken = False
+        self._hold_token()
         return False
 
     def _take_plainly(self) -> bool:
@@ -192,6 +193,7 @@ class GreenAcceptor(Acceptor):
             for descriptor in pause.descriptors:
                 self._hub.remove_reader(descriptor)
         self.is_woken = False
+        self._hold_token()
         return over or not pause.remaining(monotonic())
 
     def _park(self, seconds: float | None, *, is_listening: bool = True) -> None:
@@ -265,6 +267,11 @@ class GreenAcceptor(Acceptor):
             return True
         self._park(FRUITLESS_PAUSE / 5, is_listening=False)
         return False
+
+    def _hold_token(self) -> None:
+        """Wait for the right to run the hooks, for `service_actions`; not if the loop may end."""
+        while not self.is_woken and not self._take_token():
+            pass
 
     def _release_token(self) -> None:
         if self._holds_token:

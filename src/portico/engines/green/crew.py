@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import threading
+import traceback
 from _thread import get_ident, start_new_thread
 from collections import deque
 from collections.abc import Callable
@@ -387,7 +388,14 @@ class Crew:
                 cleaning.callback(self._on_end, self)
                 cleaning.callback(hub.close)
                 cleaning.callback(self._clean)
-                hub.run_forever()
+                while True:
+                    try:
+                        hub.run_forever()
+                        break
+                    except (SystemExit, KeyboardInterrupt) as error:
+                        # Of a coroutine: asyncio lets it out of the loop.  It ends who waits for
+                        # it, as in a thread of its own, and nobody else.
+                        report(error)
         finally:
             with self._lock:
                 self._is_over = True
@@ -564,8 +572,8 @@ if hasattr(os, "register_at_fork"):
 
 def report(error: BaseException) -> None:
     """Report what escaped from a worker, as a thread would."""
-    threading.excepthook(
-        threading.ExceptHookArgs(
-            (type(error), error, error.__traceback__, threading.current_thread())
-        )
-    )
+    escaped = (type(error), error, error.__traceback__, threading.current_thread())
+    try:
+        threading.excepthook(threading.ExceptHookArgs(escaped))
+    except Exception:  # of a hook of the program's, which would end the hub
+        traceback.print_exc()
