@@ -37,13 +37,15 @@ def reset(peer: socket.socket) -> None:
     peer.close()
 
 
-def fill(ours: socket.socket) -> None:
-    """Send until the system takes no more."""
+def fill(ours: socket.socket) -> int:
+    """Send until the system takes no more; return how many bytes it took."""
+    count = 0
     ours.setblocking(False)
     with pytest.raises(BlockingIOError):
         while True:
-            ours.send(b"x" * 65536)
+            count += ours.send(b"x" * 65536)
     ours.setblocking(True)
+    return count
 
 
 def drain(peer: socket.socket) -> int:
@@ -455,6 +457,21 @@ class TestWriting:
 
         stage.run(send, receive)
         assert trace == ["waits", "reads", 1]
+
+    def test_room_that_comes_while_nobody_waits_for_it_is_not_missed(self, stage: Stage) -> None:
+        """The system tells of it once, maybe while the writer sends what it collected elsewhere."""
+        ours, peer = stage.pair()
+
+        def write() -> None:
+            stage.hub.call_soon(take, peer, fill(ours))
+            ours.watch.wait_writable()  # from now on it is watched
+            take(peer, fill(ours))
+            assert select.select([], [ours], [], PATIENCE)[1]
+            stage.hub.sleep(0)  # the event comes, and nobody waits
+            ours.settimeout(PATIENCE)
+            ours.watch.wait_writable()
+
+        stage.run(write)
 
     def test_writing_to_a_peer_that_is_gone_is_a_broken_pipe(self, stage: Stage) -> None:
         ours, peer = stage.pair()

@@ -103,6 +103,7 @@ class Watch:
         self.guess = maxsize if is_eager else SMALL
         # Bytes that a read asks for first.
         self.is_watching_writes = False
+        # Whether a wait to write is told of the next edge; false after one that nobody waited for.
         self.is_closed = False
         self.credit = CREDIT
         self.slice_end = 0.0
