@@ -22,6 +22,7 @@ from greenlet import getcurrent
 
 from portico.engines.green import sockets as module
 from portico.engines.green import watch
+from portico.engines.green.hub import Hub
 from portico.engines.green.sockets import GreenSocket, GreenWriter
 from portico.handlers import _SocketWriter
 from tests.engines.green.conftest import Stage, make_hub
@@ -46,6 +47,13 @@ def fill(ours: socket.socket) -> int:
             count += ours.send(b"x" * 65536)
     ours.setblocking(True)
     return count
+
+
+def let_poll(hub: Hub) -> None:
+    """Return after the hub has polled and passed on what came."""
+    turn = hub.poller.turn
+    while hub.poller.turn == turn:
+        hub.sleep(0)
 
 
 def drain(peer: socket.socket) -> int:
@@ -384,6 +392,27 @@ class TestReading:
         gaps = [after - before for before, after in pairwise([*turns, read])]
         assert most / 4 <= max(gaps) <= most
 
+    @reads
+    def test_a_read_after_a_reset_finds_the_end(
+        self, stage: Stage, read: Callable[[GreenSocket], Any]
+    ) -> None:
+        """As from a blocking socket: the error is told once, and no event follows it."""
+        ours, peer = stage.pair()
+
+        def receive() -> None:
+            ours.settimeout(PATIENCE)
+            peer.send(b"1")
+            assert read(ours) == b"1"
+            reset(peer)
+            assert select.select([ours], [], [], PATIENCE)[0]
+            let_poll(stage.hub)
+            with pytest.raises(ConnectionResetError):
+                read(ours)
+            assert ours.recv_into(bytearray(10)) == 0
+            assert not read(ours)
+
+        stage.run(receive)
+
 
 class TestWriting:
     def test_sendall_waits_for_a_slow_reader(self, stage: Stage) -> None:
@@ -467,7 +496,7 @@ class TestWriting:
             ours.watch.wait_writable()  # from now on it is watched
             take(peer, fill(ours))
             assert select.select([], [ours], [], PATIENCE)[1]
-            stage.hub.sleep(0)  # the event comes, and nobody waits
+            let_poll(stage.hub)  # the event comes, and nobody waits
             ours.settimeout(PATIENCE)
             ours.watch.wait_writable()
 

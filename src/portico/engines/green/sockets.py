@@ -191,6 +191,9 @@ class GreenSocket(socket.socket):
             data = _recv(self, size, NOW)
         except BlockingIOError:
             self._check_waiting()
+        except OSError:
+            watch.may_read = True  # what follows an error comes without an event
+            raise
         else:
             if len(data) == size:
                 watch.may_read = True
@@ -235,6 +238,9 @@ class GreenSocket(socket.socket):
             count = _recv_into(self, buffer, nbytes, NOW)
         except BlockingIOError:
             self._check_waiting()
+        except OSError:
+            watch.may_read = True
+            raise
         else:
             # The size may be in items of several bytes; then this errs to the safe side.
             if count >= size or watch.is_eager:
@@ -287,6 +293,9 @@ class GreenSocket(socket.socket):
                 result = read(self, *args)
             except BlockingIOError:
                 self._check_waiting(is_file=is_file)
+            except OSError:
+                watch.may_read = True
+                raise
             else:
                 watch.may_read = True
                 return result
@@ -306,6 +315,9 @@ class GreenSocket(socket.socket):
             if flags & NO_WAIT:
                 raise
             self._check_waiting()
+        except OSError:
+            watch.may_read = True
+            raise
         else:
             # What was read was a datagram, was only looked at, or came with other strings.
             watch.may_read = True
@@ -753,6 +765,9 @@ class GreenSocketIO(socket.SocketIO):
                 watch.may_read = False
                 if watch.timeout == 0:
                     return None
+            except OSError:
+                watch.may_read = True
+                raise
             else:
                 if count >= len(b) or watch.is_eager:  # type: ignore[arg-type]  # it has one
                     watch.may_read = True
