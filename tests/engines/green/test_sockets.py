@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -613,6 +614,36 @@ class TestSendfile:
         assert stage.run(send) == [100_000]
         assert take(peer, 100_000) == content[1000:101_000]
         assert os.get_blocking(ours.fileno())
+
+    def test_the_timeout_is_for_each_wait_and_not_for_the_file(
+        self, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As in the standard library: a peer that reads may take its time for a large file."""
+        path = tmp_path / "data"
+        path.write_bytes(b"x" * 1000)
+        ours, peer = stage.pair()
+        count = fill(ours)
+        ours.settimeout(SOON)
+        sendfile, began = os.sendfile, threading.Event()
+
+        def note(*args: Any) -> int:
+            began.set()
+            return sendfile(*args)
+
+        # The clock of the waits jumps once the file is under way: theirs are far from over.
+        monkeypatch.setattr(os, "sendfile", note)
+        monkeypatch.setattr(watch, "monotonic", lambda: monotonic() + 2 * PATIENCE * began.is_set())
+
+        def send() -> int:
+            with path.open("rb") as file:
+                return ours.sendfile(file)
+
+        def receive() -> None:
+            stage.hub.sleep(2 * SOON)
+            take(peer, count)
+
+        assert stage.run(send, receive) == [1000, None]
+        assert len(take(peer, 1000)) == 1000
 
     def test_what_is_no_regular_file_is_read_and_sent(self, stage: Stage) -> None:
         ours, peer = stage.pair()

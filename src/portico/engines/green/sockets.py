@@ -464,7 +464,6 @@ class GreenSocket(socket.socket):
         if not size or not hasattr(os, "sendfile"):
             return None
         watch, target, sent = self.watch, _fileno(self), 0
-        deadline = watch.deadline()
         was_blocking = os.get_blocking(target)
         os.set_blocking(target, False)  # sendfile(2) has no flag for it
         try:
@@ -473,7 +472,7 @@ class GreenSocket(socket.socket):
                 try:
                     done = os.sendfile(target, source, offset + sent, part)
                 except BlockingIOError:
-                    watch.wait_writable(deadline)
+                    watch.wait_writable()  # the timeout is each wait's, as in the standard library
                     continue
                 except OSError as error:
                     if not sent and error.errno in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
