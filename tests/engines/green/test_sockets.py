@@ -4,6 +4,7 @@ import array
 import ctypes
 import errno
 import gc
+import inspect
 import io
 import os
 import select
@@ -19,7 +20,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from greenlet import getcurrent
+from greenlet import GreenletExit, getcurrent
 
 from portico.engines.green import sockets as module
 from portico.engines.green import watch
@@ -1372,6 +1373,175 @@ class TestWriter:
             writer.close()
             ours.close()
             assert stage.hub.run_in_thread(reading.result)
+
+        stage.run(write)
+
+    @pytest.mark.parametrize("how", ["flush", "sleep", "much"])
+    def test_an_interrupted_flush_loses_nothing(self, stage: Stage, how: str) -> None:
+        """What throws into it is a timeout of a whole block, which may go on to write."""
+        ours, peer = stage.pair()
+        count = fill(ours)
+        words = b"0123456789" * (module.OUTBOX_SIZE // 10 + 1 if how == "much" else 1000)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                writer.write(words)
+                if how == "flush":
+                    writer.flush()
+                else:
+                    stage.hub.sleep(PATIENCE)
+            reading = Call(lambda: take(peer, count + len(words) + 4))
+            writer.write(b"late")
+            writer.flush()
+            assert stage.hub.run_in_thread(reading.result)[count:] == words + b"late"
+
+        stage.run(write)
+
+    def test_a_wait_after_an_interrupted_flush_sends_the_rest(self, stage: Stage) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"rest")
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                ours.recv(1)
+            reading = Call(lambda: take(peer, count + 4))
+            stage.hub.sleep(0)
+            assert stage.hub.run_in_thread(reading.result)[count:] == b"rest"
+
+        stage.run(write)
+
+    def test_a_flush_that_is_killed_leaves_an_error_and_no_wait(self, stage: Stage) -> None:
+        """A greenlet that ends has no time for its peer; nobody may write on after the gap."""
+        ours, _ = stage.pair()
+        fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"lost")
+            stage.hub.call_soon(getcurrent().throw, GreenletExit())
+            with pytest.raises(GreenletExit):
+                writer.flush()
+            with pytest.raises(ConnectionAbortedError):
+                writer.flush()
+            ours.close()
+
+        stage.run(write)
+
+    def test_what_the_watchdog_is_sending_is_not_sent_yet(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A greenlet that looks meanwhile, without the lock, has to see that it must wait."""
+        ours, peer = stage.pair()
+        seen: list[bytes] = []
+        send_now = GreenSocket._get_send_now
+
+        def spy(sock: GreenSocket) -> Callable[[bytes, int], int]:
+            send = send_now(sock)
+
+            def note(data: bytes, flags: int) -> int:
+                if threading.current_thread() is not greenlets:
+                    assert sock.outbox is not None
+                    seen.append(b"".join(sock.outbox.chunks))
+                    data = data[:4]
+                return send(data, flags)
+
+            return note
+
+        greenlets = threading.current_thread()
+        monkeypatch.setattr(GreenSocket, "_get_send_now", spy)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"one ")
+            writer.write(b"two ")
+            Call(stage.hub.send_from_watchdog).result()
+            assert take(peer, 4) == b"one "
+            writer.write(b"three")
+            writer.flush()
+
+        stage.run(write)
+        assert seen == [b"one two "]
+        assert take(peer, 9) == b"two three"
+
+    def test_what_is_written_while_another_greenlet_waits_with_the_rest_comes_after_it(
+        self, stage: Stage
+    ) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+        writer = ours.make_writer()
+        trace: list[str] = []
+
+        def broadcast() -> None:
+            writer.write(b"first ")
+            stage.hub.sleep(0)
+            trace.append("sent")
+
+        def write() -> None:
+            assert not trace
+            writer.write(b"second")
+            reading = Call(lambda: take(peer, count + 12))
+            writer.flush()
+            assert stage.hub.run_in_thread(reading.result)[count:] == b"first second"
+
+        stage.run(broadcast, write)
+        assert trace == ["sent"]
+
+    def test_many_slow_peers_are_waited_for_one_after_the_other(self, stage: Stage) -> None:
+        """Not each within the wait for the one before; and only by the greenlet that wrote."""
+        pairs = [stage.pair() for _ in range(30)]
+        counts = [fill(ours) for ours, _ in pairs]
+        writers = [ours.make_writer() for ours, _ in pairs]
+        depths: list[int] = []
+        is_sent = False
+
+        def broadcast() -> None:
+            nonlocal is_sent
+            switch = stage.hub.switch
+
+            def note() -> object:
+                depths.append(len(inspect.stack(0)))
+                return switch()
+
+            stage.hub.switch = note
+            for writer in writers:
+                writer.write(b"to all")
+            stage.hub.sleep(0)
+            is_sent = True
+
+        def meanwhile() -> None:
+            stage.hub.sleep(0)
+            assert not is_sent
+            for (_, peer), count in zip(pairs, counts, strict=True):
+                reading = Call(lambda peer=peer, count=count: take(peer, count + 6))
+                assert stage.hub.run_in_thread(reading.result)[count:] == b"to all"
+
+        stage.run(broadcast, meanwhile)
+        assert is_sent
+        assert max(depths) < min(depths) + len(pairs)
+
+    def test_an_interruption_between_slow_peers_loses_nothing(self, stage: Stage) -> None:
+        pairs = [stage.pair() for _ in range(3)]
+        counts = [fill(ours) for ours, _ in pairs]
+        writers = [ours.make_writer() for ours, _ in pairs]
+
+        def write() -> None:
+            for writer in writers:
+                writer.write(b"to all")
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                stage.hub.sleep(PATIENCE)
+            readings = [
+                Call(lambda peer=peer, count=count: take(peer, count + 6))
+                for (_, peer), count in zip(pairs, counts, strict=True)
+            ]
+            stage.hub.sleep(0)
+            for reading, count in zip(readings, counts, strict=True):
+                assert stage.hub.run_in_thread(reading.result)[count:] == b"to all"
 
         stage.run(write)
 

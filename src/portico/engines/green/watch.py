@@ -271,6 +271,9 @@ class Watch:
             self.credit = CREDIT
             if hub.unsent:
                 hub.send_unsent()
+                if not is_reading:
+                    # Meanwhile the edge may have come, even to another greenlet: ask again.
+                    self.is_watching_writes = False
         return hub
 
     def _find_hub(self, current: greenlet) -> Hub | None:
