@@ -4,6 +4,7 @@ import array
 import ctypes
 import errno
 import gc
+import inspect
 import io
 import os
 import select
@@ -15,13 +16,15 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
-from greenlet import getcurrent
+from greenlet import GreenletExit, getcurrent
 
 from portico.engines.green import sockets as module
 from portico.engines.green import watch
+from portico.engines.green.hub import Hub
 from portico.engines.green.sockets import GreenSocket, GreenWriter
 from portico.handlers import _SocketWriter
 from tests.engines.green.conftest import Stage, make_hub
@@ -37,13 +40,22 @@ def reset(peer: socket.socket) -> None:
     peer.close()
 
 
-def fill(ours: socket.socket) -> None:
-    """Send until the system takes no more."""
+def fill(ours: socket.socket) -> int:
+    """Send until the system takes no more; return how many bytes it took."""
+    count = 0
     ours.setblocking(False)
     with pytest.raises(BlockingIOError):
         while True:
-            ours.send(b"x" * 65536)
+            count += ours.send(b"x" * 65536)
     ours.setblocking(True)
+    return count
+
+
+def let_poll(hub: Hub) -> None:
+    """Return after the hub has polled and passed on what came."""
+    turn = hub.poller.turn
+    while hub.poller.turn == turn:
+        hub.sleep(0)
 
 
 def drain(peer: socket.socket) -> int:
@@ -382,6 +394,27 @@ class TestReading:
         gaps = [after - before for before, after in pairwise([*turns, read])]
         assert most / 4 <= max(gaps) <= most
 
+    @reads
+    def test_a_read_after_a_reset_finds_the_end(
+        self, stage: Stage, read: Callable[[GreenSocket], Any]
+    ) -> None:
+        """As from a blocking socket: the error is told once, and no event follows it."""
+        ours, peer = stage.pair()
+
+        def receive() -> None:
+            ours.settimeout(PATIENCE)
+            peer.send(b"1")
+            assert read(ours) == b"1"
+            reset(peer)
+            assert select.select([ours], [], [], PATIENCE)[0]
+            let_poll(stage.hub)
+            with pytest.raises(ConnectionResetError):
+                read(ours)
+            assert ours.recv_into(bytearray(10)) == 0
+            assert not read(ours)
+
+        stage.run(receive)
+
 
 class TestWriting:
     def test_sendall_waits_for_a_slow_reader(self, stage: Stage) -> None:
@@ -455,6 +488,21 @@ class TestWriting:
 
         stage.run(send, receive)
         assert trace == ["waits", "reads", 1]
+
+    def test_room_that_comes_while_nobody_waits_for_it_is_not_missed(self, stage: Stage) -> None:
+        """The system tells of it once, maybe while the writer sends what it collected elsewhere."""
+        ours, peer = stage.pair()
+
+        def write() -> None:
+            stage.hub.call_soon(take, peer, fill(ours))
+            ours.watch.wait_writable()  # from now on it is watched
+            take(peer, fill(ours))
+            assert select.select([], [ours], [], PATIENCE)[1]
+            let_poll(stage.hub)  # the event comes, and nobody waits
+            ours.settimeout(PATIENCE)
+            ours.watch.wait_writable()
+
+        stage.run(write)
 
     def test_writing_to_a_peer_that_is_gone_is_a_broken_pipe(self, stage: Stage) -> None:
         ours, peer = stage.pair()
@@ -567,6 +615,36 @@ class TestSendfile:
         assert stage.run(send) == [100_000]
         assert take(peer, 100_000) == content[1000:101_000]
         assert os.get_blocking(ours.fileno())
+
+    def test_the_timeout_is_for_each_wait_and_not_for_the_file(
+        self, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As in the standard library: a peer that reads may take its time for a large file."""
+        path = tmp_path / "data"
+        path.write_bytes(b"x" * 1000)
+        ours, peer = stage.pair()
+        count = fill(ours)
+        ours.settimeout(SOON)
+        sendfile, began = os.sendfile, threading.Event()
+
+        def note(*args: Any) -> int:
+            began.set()
+            return sendfile(*args)
+
+        # The clock of the waits jumps once the file is under way: theirs are far from over.
+        monkeypatch.setattr(os, "sendfile", note)
+        monkeypatch.setattr(watch, "monotonic", lambda: monotonic() + 2 * PATIENCE * began.is_set())
+
+        def send() -> int:
+            with path.open("rb") as file:
+                return ours.sendfile(file)
+
+        def receive() -> None:
+            stage.hub.sleep(2 * SOON)
+            take(peer, count)
+
+        assert stage.run(send, receive) == [1000, None]
+        assert len(take(peer, 1000)) == 1000
 
     def test_what_is_no_regular_file_is_read_and_sent(self, stage: Stage) -> None:
         ours, peer = stage.pair()
@@ -1295,6 +1373,175 @@ class TestWriter:
             writer.close()
             ours.close()
             assert stage.hub.run_in_thread(reading.result)
+
+        stage.run(write)
+
+    @pytest.mark.parametrize("how", ["flush", "sleep", "much"])
+    def test_an_interrupted_flush_loses_nothing(self, stage: Stage, how: str) -> None:
+        """What throws into it is a timeout of a whole block, which may go on to write."""
+        ours, peer = stage.pair()
+        count = fill(ours)
+        words = b"0123456789" * (module.OUTBOX_SIZE // 10 + 1 if how == "much" else 1000)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                writer.write(words)
+                if how == "flush":
+                    writer.flush()
+                else:
+                    stage.hub.sleep(PATIENCE)
+            reading = Call(lambda: take(peer, count + len(words) + 4))
+            writer.write(b"late")
+            writer.flush()
+            assert stage.hub.run_in_thread(reading.result)[count:] == words + b"late"
+
+        stage.run(write)
+
+    def test_a_wait_after_an_interrupted_flush_sends_the_rest(self, stage: Stage) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"rest")
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                ours.recv(1)
+            reading = Call(lambda: take(peer, count + 4))
+            stage.hub.sleep(0)
+            assert stage.hub.run_in_thread(reading.result)[count:] == b"rest"
+
+        stage.run(write)
+
+    def test_a_flush_that_is_killed_leaves_an_error_and_no_wait(self, stage: Stage) -> None:
+        """A greenlet that ends has no time for its peer; nobody may write on after the gap."""
+        ours, _ = stage.pair()
+        fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"lost")
+            stage.hub.call_soon(getcurrent().throw, GreenletExit())
+            with pytest.raises(GreenletExit):
+                writer.flush()
+            with pytest.raises(ConnectionAbortedError):
+                writer.flush()
+            ours.close()
+
+        stage.run(write)
+
+    def test_what_the_watchdog_is_sending_is_not_sent_yet(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A greenlet that looks meanwhile, without the lock, has to see that it must wait."""
+        ours, peer = stage.pair()
+        seen: list[bytes] = []
+        send_now = GreenSocket._get_send_now
+
+        def spy(sock: GreenSocket) -> Callable[[bytes, int], int]:
+            send = send_now(sock)
+
+            def note(data: bytes, flags: int) -> int:
+                if threading.current_thread() is not greenlets:
+                    assert sock.outbox is not None
+                    seen.append(b"".join(sock.outbox.chunks))
+                    data = data[:4]
+                return send(data, flags)
+
+            return note
+
+        greenlets = threading.current_thread()
+        monkeypatch.setattr(GreenSocket, "_get_send_now", spy)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"one ")
+            writer.write(b"two ")
+            Call(stage.hub.send_from_watchdog).result()
+            assert take(peer, 4) == b"one "
+            writer.write(b"three")
+            writer.flush()
+
+        stage.run(write)
+        assert seen == [b"one two "]
+        assert take(peer, 9) == b"two three"
+
+    def test_what_is_written_while_another_greenlet_waits_with_the_rest_comes_after_it(
+        self, stage: Stage
+    ) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+        writer = ours.make_writer()
+        trace: list[str] = []
+
+        def broadcast() -> None:
+            writer.write(b"first ")
+            stage.hub.sleep(0)
+            trace.append("sent")
+
+        def write() -> None:
+            assert not trace
+            writer.write(b"second")
+            reading = Call(lambda: take(peer, count + 12))
+            writer.flush()
+            assert stage.hub.run_in_thread(reading.result)[count:] == b"first second"
+
+        stage.run(broadcast, write)
+        assert trace == ["sent"]
+
+    def test_many_slow_peers_are_waited_for_one_after_the_other(self, stage: Stage) -> None:
+        """Not each within the wait for the one before; and only by the greenlet that wrote."""
+        pairs = [stage.pair() for _ in range(30)]
+        counts = [fill(ours) for ours, _ in pairs]
+        writers = [ours.make_writer() for ours, _ in pairs]
+        depths: list[int] = []
+        is_sent = False
+
+        def broadcast() -> None:
+            nonlocal is_sent
+            switch = stage.hub.switch
+
+            def note() -> object:
+                depths.append(len(inspect.stack(0)))
+                return switch()
+
+            stage.hub.switch = note
+            for writer in writers:
+                writer.write(b"to all")
+            stage.hub.sleep(0)
+            is_sent = True
+
+        def meanwhile() -> None:
+            stage.hub.sleep(0)
+            assert not is_sent
+            for (_, peer), count in zip(pairs, counts, strict=True):
+                reading = Call(lambda peer=peer, count=count: take(peer, count + 6))
+                assert stage.hub.run_in_thread(reading.result)[count:] == b"to all"
+
+        stage.run(broadcast, meanwhile)
+        assert is_sent
+        assert max(depths) < min(depths) + len(pairs)
+
+    def test_an_interruption_between_slow_peers_loses_nothing(self, stage: Stage) -> None:
+        pairs = [stage.pair() for _ in range(3)]
+        counts = [fill(ours) for ours, _ in pairs]
+        writers = [ours.make_writer() for ours, _ in pairs]
+
+        def write() -> None:
+            for writer in writers:
+                writer.write(b"to all")
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                stage.hub.sleep(PATIENCE)
+            readings = [
+                Call(lambda peer=peer, count=count: take(peer, count + 6))
+                for (_, peer), count in zip(pairs, counts, strict=True)
+            ]
+            stage.hub.sleep(0)
+            for reading, count in zip(readings, counts, strict=True):
+                assert stage.hub.run_in_thread(reading.result)[count:] == b"to all"
 
         stage.run(write)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import trustme
+from greenlet import getcurrent
 
 from portico.engines.green import tls
 from portico.engines.green.tls import GreenSSLSocket
@@ -338,3 +340,25 @@ def test_a_context_is_chosen_by_name(
         ours.sni_callback = None
     assert names == ["localhost"]
     assert result[1] == "TLSv1.3"
+
+
+def test_an_interrupted_flush_of_a_writer_loses_nothing(ends: Ends) -> None:
+    """It was in the midst of a record, perhaps; a timeout of a whole block ends so."""
+    words = bytes(range(256)) * (4 << 12)
+    may_read = threading.Event()
+
+    def write(wrapped: Any) -> None:
+        writer = wrapped.make_writer()
+        ends.stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+        with pytest.raises(ZeroDivisionError):
+            writer.write(words)
+        assert wrapped.outbox.chunks
+        may_read.set()
+        writer.write(b"late")
+        writer.flush()
+
+    def read(peer: ssl.SSLSocket) -> bytes:
+        assert may_read.wait(PATIENCE)
+        return take(peer, len(words) + 4)
+
+    assert ends.talk(write, read) == [None, words + b"late"]

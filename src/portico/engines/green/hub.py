@@ -63,8 +63,18 @@ def running() -> Hub | None:
 class Unsent(Protocol):
     """A connection that collects bytes, as its hub sees it."""
 
+    def send_at_once(self) -> bool:
+        """Send what the system takes before a wait; return whether nothing is left.
+
+        It is in `Hub.unsent` no longer.  Never raises `OSError`.
+        """
+        ...
+
     def send_collected(self) -> None:
         """Send what was collected, waiting for the peer if need be; never raise `OSError`."""
+
+    def list_again(self) -> None:
+        """Be in `Hub.unsent`, if anything is left."""
 
     def send_now(self) -> None:
         """Send what the system takes at once; never raise `OSError`."""
@@ -217,8 +227,31 @@ class Hub(asyncio.SelectorEventLoop):
 
     def send_unsent(self) -> None:
         """Send what the calling greenlet collected; called before every wait."""
+        unsent = self.unsent
+        while unsent:
+            outbox = unsent.pop()
+            if not outbox.send_at_once():
+                self._send_slowly(outbox)
+
+    def _send_slowly(self, first: Unsent) -> None:
+        """Wait for peers that have no room, one after the other, when all that have it are served.
+
+        Nothing is listed by then.  So the wait for one does not begin by waiting for the next, in
+        a deeper call for each; and no other greenlet waits for these peers.
+        """
+        slow = [first]
         while self.unsent:
-            self.unsent.pop().send_collected()
+            outbox = self.unsent.pop()
+            if not outbox.send_at_once():
+                slow.append(outbox)
+        try:
+            while slow:
+                slow[-1].send_collected()
+                slow.pop()
+        except BaseException:
+            for outbox in slow:
+                outbox.list_again()
+            raise
 
     def send_from_watchdog(self) -> None:
         """Send what the greenlet that holds the hub has written so far; from another thread."""

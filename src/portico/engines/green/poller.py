@@ -383,6 +383,9 @@ if HAS_EPOLL:
                 writer = watch.writer
                 if writer is not None:
                     writer.switch()
+                else:
+                    # Nobody is told, and it will not be reported again: the next wait is to ask.
+                    watch.is_watching_writes = False
 
         def _add(self, fd: int, events: int) -> None:
             self._epoll.register(fd, _to_epoll_events(events))

@@ -34,7 +34,7 @@ from termios import FIONREAD
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
-from greenlet import getcurrent
+from greenlet import GreenletExit, getcurrent
 
 from portico.engines.green.hub import Hub, running
 from portico.engines.green.watch import CREDIT, Watch
@@ -191,6 +191,9 @@ class GreenSocket(socket.socket):
             data = _recv(self, size, NOW)
         except BlockingIOError:
             self._check_waiting()
+        except OSError:
+            watch.may_read = True  # what follows an error comes without an event
+            raise
         else:
             if len(data) == size:
                 watch.may_read = True
@@ -235,6 +238,9 @@ class GreenSocket(socket.socket):
             count = _recv_into(self, buffer, nbytes, NOW)
         except BlockingIOError:
             self._check_waiting()
+        except OSError:
+            watch.may_read = True
+            raise
         else:
             # The size may be in items of several bytes; then this errs to the safe side.
             if count >= size or watch.is_eager:
@@ -287,6 +293,9 @@ class GreenSocket(socket.socket):
                 result = read(self, *args)
             except BlockingIOError:
                 self._check_waiting(is_file=is_file)
+            except OSError:
+                watch.may_read = True
+                raise
             else:
                 watch.may_read = True
                 return result
@@ -306,6 +315,9 @@ class GreenSocket(socket.socket):
             if flags & NO_WAIT:
                 raise
             self._check_waiting()
+        except OSError:
+            watch.may_read = True
+            raise
         else:
             # What was read was a datagram, was only looked at, or came with other strings.
             watch.may_read = True
@@ -452,7 +464,6 @@ class GreenSocket(socket.socket):
         if not size or not hasattr(os, "sendfile"):
             return None
         watch, target, sent = self.watch, _fileno(self), 0
-        deadline = watch.deadline()
         was_blocking = os.get_blocking(target)
         os.set_blocking(target, False)  # sendfile(2) has no flag for it
         try:
@@ -461,7 +472,7 @@ class GreenSocket(socket.socket):
                 try:
                     done = os.sendfile(target, source, offset + sent, part)
                 except BlockingIOError:
-                    watch.wait_writable(deadline)
+                    watch.wait_writable()  # the timeout is each wait's, as in the standard library
                     continue
                 except OSError as error:
                     if not sent and error.errno in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
@@ -753,6 +764,9 @@ class GreenSocketIO(socket.SocketIO):
                 watch.may_read = False
                 if watch.timeout == 0:
                     return None
+            except OSError:
+                watch.may_read = True
+                raise
             else:
                 if count >= len(b) or watch.is_eager:  # type: ignore[arg-type]  # it has one
                     watch.may_read = True
@@ -774,17 +788,19 @@ class Outbox:
 
     def __init__(self, sock: GreenSocket) -> None:
         self._sock = sock
-        self._send_now = sock._get_send_now()
+        self._send_now = cast("Callable[[ReadableBuffer, int], int]", sock._get_send_now())
         self._hub: Hub | None = None
         self._error: OSError | None = None
-        self.chunks: list[bytes] = []
+        self.chunks: list[bytes | memoryview] = []
+        """What has not left, first to last.  It stays here until the system has taken it: whoever
+        comes meanwhile, from this thread or the watchdog's, sees that there is something."""
         self.size = 0
-        """Bytes in `chunks`."""
+        """Bytes in `chunks`, or more if the watchdog sent some."""
         self.is_listed = False
         """Whether the hub will send this before the greenlet waits."""
 
     def open(self) -> bool:
-        """Prepare for a first chunk; return whether chunks may be collected here.
+        """Prepare to collect, and have it sent; return whether chunks may be collected here.
 
         Raises:
             OSError: The bytes before could not be sent.
@@ -795,7 +811,7 @@ class Outbox:
         hub = self._hub
         if hub is None or getcurrent().parent is not hub.greenlet:
             hub = running()
-            if hub is None or hub.is_current():
+            if hub is None or hub.is_current() or (self.chunks and hub is not self._hub):
                 return False
             self._hub = hub
         if not self.is_listed:
@@ -809,19 +825,12 @@ class Outbox:
         Raises:
             OSError: As `sendall`.
         """
-        if not self.chunks or self._hub is None:
-            return
-        chunks = self.chunks
-        with self._hub.sending:
-            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            chunks.clear()
-            self.size = 0
-            try:
-                sent = self._send_now(data, NOW)
-            except BlockingIOError:
-                sent = 0
-        if sent != len(data):
-            self._sock._send_rest(data, sent, 0)
+        hub = self._hub
+        if self.chunks and hub is not None:
+            with hub.sending:
+                self.size = self._push()
+            if self.chunks:
+                self._push_rest(hub)
 
     def flush(self) -> None:
         """Send everything, and tell of an earlier failure.
@@ -834,30 +843,115 @@ class Outbox:
             raise error
         self.send()
 
-    def send_collected(self) -> None:
-        """Send everything before a wait; an error is kept for the next write."""
+    def send_at_once(self) -> bool:
+        """Send what the system takes before a wait; return whether nothing is left.
+
+        An error is kept for the next write.
+        """
         self.is_listed = False
-        if self.chunks:
-            try:
-                self.send()
-            except OSError as error:
-                self._error = error
+        hub = self._hub
+        if not self.chunks or hub is None:
+            return True
+        try:
+            with hub.sending:
+                self.size = left = self._push()
+        except OSError as error:
+            self._error = error
+            return True
+        return not left
+
+    def send_collected(self) -> None:
+        """Send everything, waiting for the peer; an error is kept for the next write."""
+        try:
+            self.send()
+        except OSError as error:
+            self._error = error
+
+    def list_again(self) -> None:
+        """Have what is left sent before the next wait, after one that was interrupted."""
+        if self.chunks and self._hub is not None and not self.is_listed:
+            self.is_listed = True
+            self._hub.unsent.append(self)
 
     def send_now(self) -> None:
         """Send what the system takes at once; from the watchdog's thread, under its lock."""
-        # As many as there are now: the greenlet may be adding to them at this moment.
-        count = len(self.chunks)
-        data = b"".join(self.chunks[:count])
-        del self.chunks[:count]
+        try:
+            self._push()
+        except OSError as error:
+            self._error = error
+
+    def _push(self) -> int:
+        """Send what the system takes, under the hub's lock; return how many bytes it left.
+
+        Raises:
+            OSError: As `send`; what was there is dropped.
+        """
+        chunks = self.chunks
+        # As many as there are now: the greenlet may be adding to them while the watchdog is here.
+        count = len(chunks)
+        if not count:  # the other one was faster
+            return 0
+        data = chunks[0] if count == 1 else b"".join(chunks[:count])
         try:
             sent = self._send_now(data, NOW)
         except BlockingIOError:
             sent = 0
-        except OSError as error:
-            self._error = error
-            return
-        if sent != len(data):
-            self.chunks.insert(0, data[sent:])
+        except OSError:
+            del chunks[:count]
+            raise
+        if sent == len(data):
+            del chunks[:count]
+            return 0
+        chunks[:count] = [memoryview(data)[sent:]]  # no copy: it may be large
+        return len(data) - sent
+
+    def _push_rest(self, hub: Hub) -> None:
+        """Send what the system did not take, waiting for the peer.
+
+        Raises:
+            OSError: As `send`; what was there is dropped.
+        """
+        self._unlist()  # the wait begins with what is listed, and this is waited for already
+        watch = self._sock.watch
+        deadline = watch.deadline()
+        try:
+            while True:
+                before = self.size
+                with hub.sending:
+                    self.size = self._push()
+                if not self.chunks:
+                    return
+                if self.size < before:  # TLS sends record by record: there may be room for more
+                    if getattr(self._sock, "_sslobj", None) is not None:
+                        deadline = watch.deadline()  # as in the standard library: for each record
+                    continue
+                if watch.timeout == 0:
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                watch.wait_writable(deadline)
+        except OSError:
+            self._drop()
+            raise
+        except GreenletExit:  # it may not wait any more, and nobody is to go on after a gap
+            self._drop()
+            self._error = OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+            raise
+        except BaseException:
+            self.list_again()
+            raise
+
+    def _unlist(self) -> None:
+        """Take back what `open` told the hub."""
+        if self.is_listed and self._hub is not None:
+            self.is_listed = False
+            with suppress(ValueError):  # it was told to another hub
+                self._hub.unsent.remove(self)
+
+    def _drop(self) -> None:
+        """Forget what is left."""
+        if self._hub is not None:
+            with self._hub.sending:
+                self.chunks.clear()
+                self.size = 0
 
 
 class GreenWriter(_SocketWriter):
@@ -878,7 +972,8 @@ class GreenWriter(_SocketWriter):
         # A copy, unless nobody can change it before it is sent.
         data = b if type(b) is bytes else memoryview(b).tobytes()
         outbox = self._outbox
-        if not outbox.chunks and not outbox.open():
+        # Listed or not: somebody may be waiting with what was written before, but not for us.
+        if not (outbox.chunks and outbox.is_listed) and not outbox.open():
             self._sock.sendall(data)
             return len(data)
         outbox.chunks.append(data)

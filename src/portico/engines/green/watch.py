@@ -103,6 +103,7 @@ class Watch:
         self.guess = maxsize if is_eager else SMALL
         # Bytes that a read asks for first.
         self.is_watching_writes = False
+        # Whether a wait to write is told of the next edge; false after one that nobody waited for.
         self.is_closed = False
         self.credit = CREDIT
         self.slice_end = 0.0
@@ -270,6 +271,9 @@ class Watch:
             self.credit = CREDIT
             if hub.unsent:
                 hub.send_unsent()
+                if not is_reading:
+                    # Meanwhile the edge may have come, even to another greenlet: ask again.
+                    self.is_watching_writes = False
         return hub
 
     def _find_hub(self, current: greenlet) -> Hub | None:
