@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -492,6 +494,104 @@ def test_a_reload_says_what_it_cannot_change(tmp_path: Path) -> None:
         program.wait_for("serves as reloaded")
         eventually(lambda: len(program.workers()) == 1)
         assert not (tmp_path / "pid").exists()
+        program.stop()
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def with_settings(program: Supervised, **settings: Any) -> None:
+    """Write other settings of its service."""
+    (service,) = program.told["services"]
+    program.write(services=[service | {"settings": service["settings"] | settings}])
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
+def test_who_may_use_a_unix_socket_is_read_again(tmp_path: Path, number: int) -> None:
+    """Whoever narrows it relies on that, when they are told that it serves as reloaded."""
+    path = tmp_path / "echo"
+    settings = {"socket_mode": "0666"}
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",), settings=settings) as program:
+        program.wait_ready(1)
+        assert mode_of(path) == 0o666
+        with_settings(program, socket_mode="0600")
+        program.send(number)
+        if number == signal.SIGHUP:
+            program.wait_for("serves as reloaded")
+        else:
+            program.pid = int(program.wait_for(r"leaves everything to process (\d+)")[1])
+            program.wait_for("ready on", 2)
+        assert mode_of(path) == 0o600
+        program.stop()
+        assert not path.exists()
+
+
+def test_a_successor_without_workers_reads_it_again_too(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=None, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(0)
+        with_settings(program, socket_mode="0620")
+        hand_over(program)
+        program.wait_for("ready on", 2)
+        assert mode_of(path) == 0o620
+        program.stop()
+
+
+def test_a_reload_that_fails_leaves_a_unix_socket_to_those_who_have_it(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(1)
+        with_settings(program, socket_mode="0666")
+        program.write(BROKEN)
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before")
+        assert mode_of(path) == 0o600
+        with_settings(program, socket_owner="nobody-of-this-name")
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before: .*socket_owner")
+        program.stop()
+
+
+def test_a_reload_says_that_it_cannot_change_who_may_use_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(1)
+        path.unlink()
+        path.write_text("another's")
+        with_settings(program, socket_mode="0666")
+        program.send(signal.SIGHUP)
+        program.wait_for(
+            f"cannot change who may use unix:{path}: another file has taken its place; its file "
+            "keeps its mode and its owners until the service is stopped and started"
+        )
+        program.wait_for("serves as reloaded")
+        assert mode_of(path) != 0o666
+        program.stop()
+
+
+def waiting_at_most(port: int) -> int:
+    """Return the backlog of a listener, which ss(8) shows in the place of unsent bytes."""
+    listing = subprocess.run(
+        ["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True, check=True
+    ).stdout
+    return int(listing.split()[2])
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="nobody else tells a backlog")
+def test_a_backlog_is_read_again(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1, settings={"backlog": 5}) as program:
+        program.wait_ready(1)
+        port = program.port
+        assert waiting_at_most(port) == 5
+        with_settings(program, backlog=6)
+        program.send(signal.SIGHUP)
+        program.wait_for("serves as reloaded")
+        assert waiting_at_most(port) == 6
+        with_settings(program, backlog=7)
+        hand_over(program)
+        program.wait_for("ready on", 2)
+        assert waiting_at_most(port) == 7
         program.stop()
 
 

@@ -344,9 +344,9 @@ def _inheritable(*descriptors: int) -> Generator[None]:
             os.set_inheritable(descriptor, False)
 
 
-def _read_file(path: str, device: int, inode: int) -> SocketFile:
-    return SocketFile(Path(path), int(device), int(inode))
+def _read_file(path: str, *numbers: int) -> SocketFile:
+    return SocketFile(Path(path), *map(int, numbers))
 
 
-def _written_file(file: SocketFile) -> tuple[str, int, int]:
-    return str(file.path), file.device, file.inode
+def _written_file(file: SocketFile) -> tuple[str, int, int, int, int]:
+    return str(file.path), file.device, file.inode, file.uid, file.gid

@@ -1,7 +1,8 @@
 """Keep the listeners of a program, each opened once, however often its settings are read.
 
 Owns which listener belongs to which address: those that are open, and those that a predecessor has
-left.  Leaves opening one to `portico.listener`.
+left; and when one that is open is changed for other settings.  Leaves opening one to
+`portico.listener`.
 
 Source: listen(2), which may be called again for another backlog.
 """
@@ -12,9 +13,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from portico.console import say
 from portico.handover import Heirloom
 from portico.listener import OpenListener
 from portico.service import Opening, open_listeners
+from portico.socketfile import SocketFile
 
 
 class Listeners:
@@ -32,9 +35,13 @@ class Listeners:
     def gather(self, wanted: Sequence[Opening]) -> tuple[OpenListener, ...]:
         """Return a listener for each place: one that is open already, or another one.
 
+        One that is open stays as it is until `settle`: those who want it may never come to serve.
+
         Raises:
-            PorticoError: One cannot be had; none is opened then.
+            PorticoError: One cannot be had, or there is no such owner; none is opened then.
         """
+        for each in wanted:
+            each.settings.socket_access()  # now, and not when they serve
         spare = list(self._open)
         found: list[OpenListener | None] = [_take(spare, each) for each in wanted]
         found = [
@@ -48,10 +55,22 @@ class Listeners:
             listener = next(opened) if known is None else known
             if known is None:
                 self._open.append((str(each.address), listener))
-            else:
-                _listen_again(listener, each.settings.backlog)
             gathered.append(listener)
         return tuple(gathered)
+
+    def settle(self, wanted: Sequence[Opening], gathered: Sequence[OpenListener]) -> None:
+        """Have listeners be as their settings want them, now that those serve who have these.
+
+        Who may use the file of a Unix socket, and the backlog.  What the system refuses is said.
+
+        Args:
+            wanted: What was asked for.
+            gathered: What `gather` has returned for it.
+        """
+        for each, listener in zip(wanted, gathered, strict=True):
+            if listener.file is not None:
+                _open_again(listener.file, each)
+            _listen_again(listener, each.settings.backlog)
 
     def keep(self, used: Iterable[OpenListener]) -> list[OpenListener]:
         """Close those that nobody uses, and return them."""
@@ -113,6 +132,18 @@ def _take(spare: list[tuple[str, OpenListener]], opening: Opening) -> OpenListen
             del spare[at]
             return listener
     return None
+
+
+def _open_again(file: SocketFile, opening: Opening) -> None:
+    """Have the file of a Unix socket be open to those whom its settings name, and to no others."""
+    try:
+        file.open_to(opening.settings.socket_access())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        say(
+            f"cannot change who may use {opening.address}: {reason}; its file keeps its mode and "
+            "its owners until the service is stopped and started"
+        )
 
 
 def _listen_again(listener: OpenListener, backlog: int) -> None:

@@ -101,6 +101,7 @@ class Soloist:
             ]
             closing.enter_context(self._obeying(serving, pairs))
             self._succession.take_over()
+            self._listeners.settle(wanted, listeners)
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()
