@@ -1004,3 +1004,61 @@ def test_it_reads_its_certificates_again_and_says_what_it_cannot_do(tmp_path: Pa
         program.wait_for("has read its certificates again; for other code .* it needs workers")
         assert program.ask() == b"hello\n"
         program.stop()
+
+
+def importing_slowly(folder: Path) -> str:
+    """Return a program whose import says that it has begun, and lasts until there is a file."""
+    return ECHO + (
+        f"\nimport pathlib, time\n"
+        f"pathlib.Path({str(folder)!r}, 'begun').touch()\n"
+        f"while not os.path.exists({str(folder / 'gate')!r}): time.sleep(0.01)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGHUP, "has read its certificates again"),
+        (signal.SIGUSR1, "has opened its log again"),
+        (signal.SIGUSR2, r"leaves everything to process (\d+)"),
+    ],
+)
+def test_what_it_is_told_while_its_target_is_imported_is_done_when_it_serves(
+    tmp_path: Path, number: int, expected: str
+) -> None:
+    """The pid file is there already, and a rotation of logs sends to whom it names."""
+    pid_file = tmp_path / "pid"
+    source = importing_slowly(tmp_path)
+    with supervised(tmp_path, source, workers=None, pid_file=str(pid_file)) as program:
+        eventually((tmp_path / "begun").exists)
+        os.kill(int(pid_file.read_text()), number)
+        (tmp_path / "gate").touch()
+        found = program.wait_for(expected)
+        if found.groups():
+            program.pid = int(found[1])
+        assert program.ask() == b"hello\n"
+        program.stop()
+        assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("caught", ["", "BaseException"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_its_target_is_imported_ends_it_and_leaves_no_files(
+    tmp_path: Path, number: int, caught: str
+) -> None:
+    """Whatever the target makes of it."""
+    path, pid_file = tmp_path / "echo", tmp_path / "pid"
+    source = importing_slowly(tmp_path)
+    if caught:
+        *before, last = source.splitlines()
+        source = "\n".join([*before, "try:", f"    {last}", f"except {caught}: pass", ""])
+    addresses = (f"unix:{path}",)
+    with supervised(
+        tmp_path, source, workers=None, addresses=addresses, pid_file=str(pid_file)
+    ) as program:
+        eventually((tmp_path / "begun").exists)
+        program.stop(number)
+        assert program.wait_ended() == 0
+        assert program.lines == [f"portico: stops ({signal.Signals(number).name})"]
+        assert not path.exists()
+        assert not pid_file.exists()
