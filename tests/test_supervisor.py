@@ -737,6 +737,31 @@ def test_every_successor_has_the_pid_file_open(tmp_path: Path, workers: int | No
         assert not pid_file.exists()
 
 
+def inheritable(process: int) -> list[str]:
+    """Return what programs that a process starts would have open, beside the standard streams."""
+    found: list[str] = []
+    for each in Path(f"/proc/{process}/fdinfo").iterdir():
+        flags = int(each.read_text().split("flags:")[1].split()[0], 8)
+        if int(each.name) > 2 and not flags & os.O_CLOEXEC:
+            found.append(str(Path(f"/proc/{process}/fd", each.name).readlink()))
+    return found
+
+
+def test_a_successor_without_workers_keeps_nothing_to_count_in(tmp_path: Path) -> None:
+    """What its handlers start would have it open, and so would every successor."""
+    with supervised(tmp_path, settings={"max_connections": 4}) as program:
+        program.wait_ready(2)
+        assert any("counters" in each for each in open_files(program.pid))
+        program.write(process=program.told["process"] | {"workers": None})
+        hand_over(program)
+        assert program.wait_ended() == 0
+        program.wait_for("ready on", 2)
+        assert program.ask() == b"hello\n"
+        assert not any("counters" in each for each in open_files(program.pid))
+        assert inheritable(program.pid) == []
+        program.stop()
+
+
 def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> None:
     with supervised(tmp_path) as program:
         program.wait_ready(2)

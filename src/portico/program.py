@@ -77,6 +77,7 @@ class Soloist:
         self._notifier = notifier
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
         self._succession = Succession("process", self._listeners, notifier, heritage)
+        self._succession.decline_counters()
         self._process = os.getpid()
         self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
         self._stopped_by = ""
