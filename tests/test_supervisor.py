@@ -595,6 +595,30 @@ def test_a_backlog_is_read_again(tmp_path: Path) -> None:
         program.stop()
 
 
+@pytest.mark.parametrize("other", ["tcp://localhost:{}", "tls://127.0.0.1:{}", "tcp://0.0.0.0:{}"])
+def test_an_address_that_is_spelled_otherwise_is_said_to_be_had(
+    tmp_path: Path, authority: Authority, other: str
+) -> None:
+    """A reload and a successor open what is new before what is not wanted any more is closed."""
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        (service,) = program.told["services"]
+        wanted = other.format(program.port)
+        settings = service["settings"]
+        if wanted.startswith("tls:"):
+            pair = authority.issue()
+            settings = settings | {"cert": str(pair.certificate), "key": str(pair.key)}
+        program.write(services=[service | {"addresses": [wanted], "settings": settings}])
+        reason = f"cannot listen on {wanted}: this service has it as tcp://127.0.0.1:0; write it so"
+        program.send(signal.SIGHUP)
+        program.wait_for(f"cannot reload, and serves as before: {reason}")
+        program.send(signal.SIGUSR2)
+        program.wait_for(f"error: {reason}")
+        program.wait_for("this one goes on")
+        assert program.ask() == b"hello\n"
+        program.stop()
+
+
 def test_reloads_that_come_too_fast_are_one(tmp_path: Path) -> None:
     with supervised(tmp_path, workers=1) as program:
         program.wait_ready(1)

@@ -9,13 +9,17 @@ Source: listen(2), which may be called again for another backlog.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from portico.console import say
+from portico.errors import ListenerError
 from portico.handover import Heirloom
-from portico.listener import OpenListener
+from portico.listener import OpenListener, resolve
+from portico.place import Place
 from portico.service import Opening, open_listeners
 from portico.socketfile import SocketFile
 
@@ -49,7 +53,7 @@ class Listeners:
             for each, opened in zip(wanted, found, strict=True)
         ]
         pairs = list(zip(wanted, found, strict=True))
-        opened = iter(open_listeners([each for each, known in pairs if known is None]))
+        opened = iter(self._opened([each for each, known in pairs if known is None], spare))
         gathered: list[OpenListener] = []
         for each, known in pairs:
             listener = next(opened) if known is None else known
@@ -112,6 +116,28 @@ class Listeners:
             heirloom.close()
         self._open, self._heirlooms = [], []
 
+    def _opened(
+        self, wanted: Sequence[Opening], spare: Sequence[tuple[str, OpenListener]]
+    ) -> list[OpenListener]:
+        """Open those that nobody has; says of a place in use that the service has it otherwise."""
+        try:
+            return open_listeners(wanted)
+        except ListenerError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            had = [(text, _bound(listener)) for text, listener in spare]
+            had += [(each.address, each.place()) for each in self._heirlooms]
+            for each in wanted:
+                place = resolve(each.address)
+                for text, other in had:
+                    if place.overlaps(other):
+                        reason = (
+                            f"cannot listen on {each.address}: this service has it as {text}; "
+                            "write it so, or stop the service first"
+                        )
+                        raise ListenerError(reason) from error
+            raise
+
     def _inherit(self, opening: Opening) -> OpenListener | None:
         """Open what a predecessor had at an address."""
         address: Any = opening.address
@@ -132,6 +158,11 @@ def _take(spare: list[tuple[str, OpenListener]], opening: Opening) -> OpenListen
             del spare[at]
             return listener
     return None
+
+
+def _bound(listener: OpenListener) -> Place:
+    """Return the place of a listener, port and all."""
+    return replace(listener.place, name=listener.socket.getsockname())
 
 
 def _open_again(file: SocketFile, opening: Opening) -> None:
