@@ -67,9 +67,9 @@ def test_a_file_is_never_open_to_more_than_was_asked_for(
 
     chown, chmod = os.chown, os.chmod
 
-    def watched_chown(name: str, uid: int, gid: int) -> None:
+    def watched_chown(name: str, uid: int, gid: int, **follows: bool) -> None:
         note("chown")
-        chown(name, uid, gid)
+        chown(name, uid, gid, **follows)
 
     def watched_chmod(name: str, mode: int) -> None:
         note("chmod")
@@ -80,6 +80,50 @@ def test_a_file_is_never_open_to_more_than_was_asked_for(
     with closing(opened(path, FileAccess(0o666, NOBODY.pw_uid))):
         assert seen == [("chown", 0o600, 0), ("chmod", 0o600, NOBODY.pw_uid)]
         assert stat.S_IMODE(path.stat().st_mode) == 0o666
+
+
+def test_a_file_is_taken_again_from_those_who_are_not_to_have_it_any_more(path: Path) -> None:
+    with closing(opened(path, FileAccess(0o666))) as made:
+        assert made.file is not None
+        made.file.open_to(FileAccess(0o620))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o620
+
+
+@root_only
+def test_a_file_whose_owners_are_set_no_more_belongs_to_who_made_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And between the two it is open to nobody who is not to have it before and after."""
+    before = path.parent.stat()
+    with closing(opened(path, FileAccess(0o660, NOBODY.pw_uid, NOBODY.pw_gid))) as made:
+        assert made.file is not None
+        chown, seen = os.chown, list[int]()
+
+        def watched(name: str, uid: int, gid: int, **follows: bool) -> None:
+            seen.append(stat.S_IMODE(path.stat().st_mode))
+            chown(name, uid, gid, **follows)
+
+        monkeypatch.setattr(os, "chown", watched)
+        made.file.open_to(FileAccess(0o606))
+        found = path.stat()
+        assert (found.st_uid, found.st_gid) == (before.st_uid, before.st_gid)
+        assert stat.S_IMODE(found.st_mode) == 0o606
+        assert seen == [0o600]
+
+
+def test_a_file_that_is_as_it_should_be_is_left_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has become another user may not touch it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    with closing(opened(path, FileAccess(0o660))) as made:
+        monkeypatch.setattr(os, "chown", refuse)
+        monkeypatch.setattr(os, "chmod", refuse)
+        assert made.file is not None
+        made.file.open_to(FileAccess(0o660))
 
 
 @root_only
@@ -127,7 +171,7 @@ def test_a_file_that_somebody_has_put_in_its_place_is_not_given_away(
 def test_a_file_that_cannot_be_given_away_is_removed_and_the_reason_said(
     path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: str
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "chown", refuse)

@@ -54,6 +54,17 @@ def test_counters_that_cannot_be_read_are_replaced(capsys: pytest.CaptureFixture
         ours.close()
 
 
+def test_counters_that_cannot_be_read_can_be_declined(capsys: pytest.CaptureFixture[str]) -> None:
+    """A process that counts for itself misses nothing."""
+    with nothing_left_behind():
+        ours, theirs = Channel.pair()
+        heir = succession(Heritage(theirs, 4711, (), "nonsense"))
+        heir.decline_counters()
+        assert capsys.readouterr().err == ""
+        heir.let_go()
+        ours.close()
+
+
 def test_an_heir_that_the_system_refuses_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

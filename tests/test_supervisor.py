@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -493,6 +495,128 @@ def test_a_reload_says_what_it_cannot_change(tmp_path: Path) -> None:
         program.stop()
 
 
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def with_settings(program: Supervised, **settings: Any) -> None:
+    """Write other settings of its service."""
+    (service,) = program.told["services"]
+    program.write(services=[service | {"settings": service["settings"] | settings}])
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
+def test_who_may_use_a_unix_socket_is_read_again(tmp_path: Path, number: int) -> None:
+    """Whoever narrows it relies on that, when they are told that it serves as reloaded."""
+    path = tmp_path / "echo"
+    settings = {"socket_mode": "0666"}
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",), settings=settings) as program:
+        program.wait_ready(1)
+        assert mode_of(path) == 0o666
+        with_settings(program, socket_mode="0600")
+        program.send(number)
+        if number == signal.SIGHUP:
+            program.wait_for("serves as reloaded")
+        else:
+            program.pid = int(program.wait_for(r"leaves everything to process (\d+)")[1])
+            program.wait_for("ready on", 2)
+        assert mode_of(path) == 0o600
+        program.stop()
+        assert not path.exists()
+
+
+def test_a_successor_without_workers_reads_it_again_too(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=None, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(0)
+        with_settings(program, socket_mode="0620")
+        hand_over(program)
+        program.wait_for("ready on", 2)
+        assert mode_of(path) == 0o620
+        program.stop()
+
+
+def test_a_reload_that_fails_leaves_a_unix_socket_to_those_who_have_it(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(1)
+        with_settings(program, socket_mode="0666")
+        program.write(BROKEN)
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before")
+        assert mode_of(path) == 0o600
+        with_settings(program, socket_owner="nobody-of-this-name")
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before: .*socket_owner")
+        program.stop()
+
+
+def test_a_reload_says_that_it_cannot_change_who_may_use_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(1)
+        path.unlink()
+        path.write_text("another's")
+        with_settings(program, socket_mode="0666")
+        program.send(signal.SIGHUP)
+        program.wait_for(
+            f"cannot change who may use unix:{path}: another file has taken its place; its file "
+            "keeps its mode and its owners until the service is stopped and started"
+        )
+        program.wait_for("serves as reloaded")
+        assert mode_of(path) != 0o666
+        program.stop()
+
+
+def waiting_at_most(port: int) -> int:
+    """Return the backlog of a listener, which ss(8) shows in the place of unsent bytes."""
+    listing = subprocess.run(
+        ["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True, check=True
+    ).stdout
+    return int(listing.split()[2])
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="nobody else tells a backlog")
+def test_a_backlog_is_read_again(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=1, settings={"backlog": 5}) as program:
+        program.wait_ready(1)
+        port = program.port
+        assert waiting_at_most(port) == 5
+        with_settings(program, backlog=6)
+        program.send(signal.SIGHUP)
+        program.wait_for("serves as reloaded")
+        assert waiting_at_most(port) == 6
+        with_settings(program, backlog=7)
+        hand_over(program)
+        program.wait_for("ready on", 2)
+        assert waiting_at_most(port) == 7
+        program.stop()
+
+
+@pytest.mark.parametrize("other", ["tcp://localhost:{}", "tls://127.0.0.1:{}", "tcp://0.0.0.0:{}"])
+def test_an_address_that_is_spelled_otherwise_is_said_to_be_had(
+    tmp_path: Path, authority: Authority, other: str
+) -> None:
+    """A reload and a successor open what is new before what is not wanted any more is closed."""
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        (service,) = program.told["services"]
+        wanted = other.format(program.port)
+        settings = service["settings"]
+        if wanted.startswith("tls:"):
+            pair = authority.issue()
+            settings = settings | {"cert": str(pair.certificate), "key": str(pair.key)}
+        program.write(services=[service | {"addresses": [wanted], "settings": settings}])
+        reason = f"cannot listen on {wanted}: this service has it as tcp://127.0.0.1:0; write it so"
+        program.send(signal.SIGHUP)
+        program.wait_for(f"cannot reload, and serves as before: {reason}")
+        program.send(signal.SIGUSR2)
+        program.wait_for(f"error: {reason}")
+        program.wait_for("this one goes on")
+        assert program.ask() == b"hello\n"
+        program.stop()
+
+
 def test_reloads_that_come_too_fast_are_one(tmp_path: Path) -> None:
     with supervised(tmp_path, workers=1) as program:
         program.wait_ready(1)
@@ -633,6 +757,31 @@ def test_every_successor_has_the_pid_file_open(tmp_path: Path, workers: int | No
             assert open_files(program.pid).count(str(pid_file)) == 1
         program.stop()
         assert not pid_file.exists()
+
+
+def inheritable(process: int) -> list[str]:
+    """Return what programs that a process starts would have open, beside the standard streams."""
+    found: list[str] = []
+    for each in Path(f"/proc/{process}/fdinfo").iterdir():
+        flags = int(each.read_text().split("flags:")[1].split()[0], 8)
+        if int(each.name) > 2 and not flags & os.O_CLOEXEC:
+            found.append(str(Path(f"/proc/{process}/fd", each.name).readlink()))
+    return found
+
+
+def test_a_successor_without_workers_keeps_nothing_to_count_in(tmp_path: Path) -> None:
+    """What its handlers start would have it open, and so would every successor."""
+    with supervised(tmp_path, settings={"max_connections": 4}) as program:
+        program.wait_ready(2)
+        assert any("counters" in each for each in open_files(program.pid))
+        program.write(process=program.told["process"] | {"workers": None})
+        hand_over(program)
+        assert program.wait_ended() == 0
+        program.wait_for("ready on", 2)
+        assert program.ask() == b"hello\n"
+        assert not any("counters" in each for each in open_files(program.pid))
+        assert inheritable(program.pid) == []
+        program.stop()
 
 
 def test_a_successor_that_cannot_serve_leaves_who_is_there(tmp_path: Path) -> None:
@@ -902,3 +1051,61 @@ def test_it_reads_its_certificates_again_and_says_what_it_cannot_do(tmp_path: Pa
         program.wait_for("has read its certificates again; for other code .* it needs workers")
         assert program.ask() == b"hello\n"
         program.stop()
+
+
+def importing_slowly(folder: Path) -> str:
+    """Return a program whose import says that it has begun, and lasts until there is a file."""
+    return ECHO + (
+        f"\nimport pathlib, time\n"
+        f"pathlib.Path({str(folder)!r}, 'begun').touch()\n"
+        f"while not os.path.exists({str(folder / 'gate')!r}): time.sleep(0.01)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGHUP, "has read its certificates again"),
+        (signal.SIGUSR1, "has opened its log again"),
+        (signal.SIGUSR2, r"leaves everything to process (\d+)"),
+    ],
+)
+def test_what_it_is_told_while_its_target_is_imported_is_done_when_it_serves(
+    tmp_path: Path, number: int, expected: str
+) -> None:
+    """The pid file is there already, and a rotation of logs sends to whom it names."""
+    pid_file = tmp_path / "pid"
+    source = importing_slowly(tmp_path)
+    with supervised(tmp_path, source, workers=None, pid_file=str(pid_file)) as program:
+        eventually((tmp_path / "begun").exists)
+        os.kill(int(pid_file.read_text()), number)
+        (tmp_path / "gate").touch()
+        found = program.wait_for(expected)
+        if found.groups():
+            program.pid = int(found[1])
+        assert program.ask() == b"hello\n"
+        program.stop()
+        assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("caught", ["", "BaseException"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_its_target_is_imported_ends_it_and_leaves_no_files(
+    tmp_path: Path, number: int, caught: str
+) -> None:
+    """Whatever the target makes of it."""
+    path, pid_file = tmp_path / "echo", tmp_path / "pid"
+    source = importing_slowly(tmp_path)
+    if caught:
+        *before, last = source.splitlines()
+        source = "\n".join([*before, "try:", f"    {last}", f"except {caught}: pass", ""])
+    addresses = (f"unix:{path}",)
+    with supervised(
+        tmp_path, source, workers=None, addresses=addresses, pid_file=str(pid_file)
+    ) as program:
+        eventually((tmp_path / "begun").exists)
+        program.stop(number)
+        assert program.wait_ended() == 0
+        assert program.lines == [f"portico: stops ({signal.Signals(number).name})"]
+        assert not path.exists()
+        assert not pid_file.exists()

@@ -17,13 +17,13 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, Final
 
-from portico.address import Address, BoundAddress, DescriptorAddress
+from portico.address import Address, BoundAddress, DescriptorAddress, parse
 from portico.channel import Channel
 from portico.counters import Counters
 from portico.errors import PorticoError
@@ -84,6 +84,16 @@ class Heirloom:
             reason = f"descriptor {self.descriptor} is no listener for {address}: {error.strerror}"
             raise HandoverError(f"{VARIABLE}: {reason}") from error
         return OpenListener(place, bound, is_lent=True)
+
+    def place(self) -> Place:
+        """Ask the socket where it is.
+
+        Raises:
+            HandoverError: The descriptor is no socket.
+        """
+        address: Any = parse(self.address)
+        with closing(replace(self, descriptor=os.dup(self.descriptor)).open(address)) as opened:
+            return opened.place
 
     def close(self) -> None:
         """Close the descriptor of a listener that is not wanted."""
@@ -344,9 +354,9 @@ def _inheritable(*descriptors: int) -> Generator[None]:
             os.set_inheritable(descriptor, False)
 
 
-def _read_file(path: str, device: int, inode: int) -> SocketFile:
-    return SocketFile(Path(path), int(device), int(inode))
+def _read_file(path: str, *numbers: int) -> SocketFile:
+    return SocketFile(Path(path), *map(int, numbers))
 
 
-def _written_file(file: SocketFile) -> tuple[str, int, int]:
-    return str(file.path), file.device, file.inode
+def _written_file(file: SocketFile) -> tuple[str, int, int, int, int]:
+    return str(file.path), file.device, file.inode, file.uid, file.gid

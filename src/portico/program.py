@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 from types import FrameType
@@ -27,7 +27,7 @@ from portico.handover import Heritage, inherit
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.service import Service, raise_descriptor_limit
+from portico.service import STOP_SIGNALS, Service, raise_descriptor_limit
 from portico.succession import Succession
 from portico.supervisor import Supervisor
 from portico.systemd import Notifier
@@ -77,10 +77,22 @@ class Soloist:
         self._notifier = notifier
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
         self._succession = Succession("process", self._listeners, notifier, heritage)
+        self._succession.decline_counters()
+        self._process = os.getpid()
         self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
+        self._stopped_by = ""
+        self._is_interruptible = False
 
     def run(self) -> bool:
         """Serve; return whether handlers are left behind."""
+        with _caught(OBEYED, self._note), _caught(STOP_SIGNALS, self._note_stop):
+            try:
+                return self._serve()
+            except _Stopped as stopped:
+                say(f"stops ({stopped})")
+                return False
+
+    def _serve(self) -> bool:
         process = self._configuration.process
         identity = privileges.find(process.user, process.group)
         services = expanded(self._configuration.services)
@@ -91,22 +103,60 @@ class Soloist:
             listeners = self._listeners.gather(wanted)
             closing.enter_context(self._succession.pid_file(process.pid_file))
             privileges.drop(identity)  # and only now does anything of the target's run
-            assignments = assign(services)
-            closing.enter_context(logged(process))
+            with self._interrupted():
+                assignments = assign(services)
+                closing.enter_context(logged(process))
             serving = closing.enter_context(Service(assignments, listeners))
             closing.enter_context(serving.stopped_by_signals())
+            self._raise_if_stopped()  # from here on it is the service that is told
             closing.enter_context(Announcement(self._notifier, serving))
+            self._succession.take_over()
+            self._listeners.settle(wanted, listeners)
+            for bound in serving.addresses:
+                say(f"ready on {bound}")
             pairs: Pairs = [
                 (each.address, own) for each, own in zip(wanted, listeners, strict=True)
             ]
             closing.enter_context(self._obeying(serving, pairs))
-            self._succession.take_over()
-            for bound in serving.addresses:
-                say(f"ready on {bound}")
             started = time.monotonic()
             tallies = serving.run()
             report(tallies, time.monotonic() - started)
         return serving.has_left_handlers
+
+    # --- signals --------------------------------------------------------------------------
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        """Note what is to be obeyed as soon as it serves."""
+        if os.getpid() == self._process:  # and not a child that serves one request
+            self._signals.put(number)
+
+    def _note_stop(self, number: int, _: FrameType | None) -> None:
+        """Note that it is not to serve at all."""
+        if os.getpid() != self._process:  # a child, which has inherited this and is to end
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
+        self._stopped_by = signal.Signals(number).name
+        if self._is_interruptible:
+            raise _Stopped(self._stopped_by)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped_by:
+            raise _Stopped(self._stopped_by)
+
+    @contextmanager
+    def _interrupted(self) -> Generator[None]:
+        """Have a signal interrupt the block: the target's import may take any time.
+
+        Elsewhere it waits for the next step, so that whatever is had is also given back.
+        """
+        self._is_interruptible = True
+        try:
+            self._raise_if_stopped()
+            yield
+        finally:
+            self._is_interruptible = False
+        self._raise_if_stopped()  # the target may have caught it
 
     @contextmanager
     def _obeying(self, serving: Service, pairs: Pairs) -> Generator[None]:
@@ -125,28 +175,36 @@ class Soloist:
                     case _:
                         self._hand_over(pairs)
 
-        process = os.getpid()
-
-        def note(number: int, _: FrameType | None) -> None:
-            if os.getpid() == process:  # and not a child that serves one request
-                self._signals.put(number)
-
-        before = {number: signal.signal(number, note) for number in OBEYED}
-        thread = threading.Thread(target=obey, name="signals", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._signals.put(0)
-            self._succession.stop()
+        with _caught(OBEYED, self._note):  # again: the target may have taken them for itself
+            threading.Thread(target=obey, name="signals", daemon=True).start()
+            try:
+                yield
+            finally:
+                self._signals.put(0)
+                self._succession.stop()
 
     def _hand_over(self, pairs: Pairs) -> None:
         """Start another process of the same command line, and go when it serves."""
         self._succession.begin(pairs, self._configuration.process)
         if self._succession.wait():
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Stopped(BaseException):
+    """A signal has come before anything is served; not for those who catch `Exception`."""
+
+
+@contextmanager
+def _caught(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
+) -> Generator[None]:
+    """Have a handler for signals while the block runs."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _renew_certificates(serving: Service) -> None:

@@ -146,6 +146,7 @@ class Reloader:
         except ListenerError:  # one that is needed no longer may be in the way
             self._listeners.keep(())
             self._used = self._listeners.gather(wanted)
+        self._listeners.settle(wanted, self._used)
         self._listeners.keep(self._used)
 
     def _watch(self) -> None:

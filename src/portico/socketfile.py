@@ -12,11 +12,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -51,43 +52,69 @@ OWNER_ONLY: Final = FileAccess()
 
 @dataclass(frozen=True, slots=True)
 class SocketFile:
-    """The file that binding a Unix socket has made."""
+    """The file that binding a Unix socket has made.
+
+    Attributes:
+        path: Where it is.
+        device: With the inode, which file it is.
+        inode: See there.
+        uid: The user who owned it when it was made; -1 if that is not known.
+        gid: The same for the group.
+    """
 
     path: Path
     device: int
     inode: int
+    uid: int = field(default=-1, compare=False)  # whose it is does not say which file it is
+    gid: int = field(default=-1, compare=False)
 
     @classmethod
     def at(cls, path: Path) -> SocketFile:
         """Remember which file is at `path` now, even if the process changes its directory."""
         found = path.lstat()
-        return cls(path.absolute(), found.st_dev, found.st_ino)
+        return cls(path.absolute(), found.st_dev, found.st_ino, found.st_uid, found.st_gid)
 
     def open_to(self, access: FileAccess, *, by_descriptor: bool = sys.platform == "linux") -> None:
         """Give the file to whom it is to belong, and only then to whom they share it with.
 
+        Callable again, for others: it is taken from those before who are not among them, and what
+        is as it should be is left alone, which a process may have no permission to touch.
+
         Raises:
             OSError: The system refuses, or somebody has put another file in its place.
         """
-        owners = (
-            -1 if access.uid is None else access.uid,
-            -1 if access.gid is None else access.gid,
-        )
         if not by_descriptor:
-            os.chown(self.path, *owners, follow_symlinks=False)
-            self.path.chmod(access.mode)
+            self._give(self.path, self.path.lstat(), access, follow_symlinks=False)
             return
         # By a descriptor, and not by its path: where others may write to the directory, root would
         # give away whatever they put there.
         descriptor = os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            found = os.fstat(descriptor)
-            if (found.st_dev, found.st_ino) != (self.device, self.inode) or found.st_nlink != 1:
-                raise FileExistsError(errno.EEXIST, "another file has taken its place")
-            os.chown(f"/proc/self/fd/{descriptor}", *owners)
-            os.chmod(f"/proc/self/fd/{descriptor}", access.mode)  # noqa: PTH101  # no path of its own
+            self._give(f"/proc/self/fd/{descriptor}", os.fstat(descriptor), access)
         finally:
             os.close(descriptor)
+
+    def _give(
+        self,
+        path: str | Path,
+        found: os.stat_result,
+        access: FileAccess,
+        *,
+        follow_symlinks: bool = True,
+    ) -> None:
+        """Have what is found at a path be as it is wanted."""
+        if (found.st_dev, found.st_ino) != (self.device, self.inode) or found.st_nlink != 1:
+            raise FileExistsError(errno.EEXIST, "another file has taken its place")
+        uid = self.uid if access.uid is None else access.uid
+        gid = self.gid if access.gid is None else access.gid
+        mode = stat.S_IMODE(found.st_mode)
+        narrow = mode & access.mode  # nobody has more than before and after while it changes hands
+        if narrow != mode:
+            os.chmod(path, narrow)  # noqa: PTH101  # it may be a descriptor's
+        if uid not in {-1, found.st_uid} or gid not in {-1, found.st_gid}:
+            os.chown(path, uid, gid, follow_symlinks=follow_symlinks)
+        if narrow != access.mode:
+            os.chmod(path, access.mode)  # noqa: PTH101  # the same
 
     def remove(self) -> None:
         """Remove the file, unless it is gone or somebody else's has taken its place.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from math import inf
 
 from portico.address import Address
@@ -77,6 +78,16 @@ class Succession:
             except PorticoError as error:
                 say(f"counts from nothing: {error}")
         return Counters.create()
+
+    def decline_counters(self) -> None:
+        """Close the mapping of the predecessor, for a process that counts for itself.
+
+        What the target starts would inherit it otherwise, and so would every successor.
+        """
+        text = None if self._heritage is None else self._heritage.counters
+        if text is not None:
+            with suppress(PorticoError):  # it is closed even if it cannot be read
+                Counters.adopt(text).close()
 
     def take_over(self) -> bool:
         """Tell the predecessor that it can go: clients wait in a queue that is ours, too.

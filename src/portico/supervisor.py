@@ -397,6 +397,8 @@ class Supervisor:
         addresses = ", ".join(str(each.address) for each in reading.listeners)
         if is_first:
             self._has_former = self._succession.take_over()
+        self._listeners.settle(openings(reading.configuration.services), reading.listeners)
+        if is_first:
             for each in reading.listeners:
                 say(f"ready on {each.address}")
         else:
