@@ -745,8 +745,11 @@ def test_a_signal_is_noticed_where_the_program_hears_of_signals_itself() -> None
     main = threading.main_thread().ident
     assert main is not None
 
+    is_first = threading.Lock()
+
     def stop(_: events.Event) -> None:
-        signal.pthread_kill(main, signal.SIGTERM)
+        if is_first.acquire(blocking=False):  # a second signal would end everything at once
+            signal.pthread_kill(main, signal.SIGTERM)
 
     unsubscribe = events.subscribe(stop, events.ServerStarted)
     try:
