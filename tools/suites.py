@@ -61,10 +61,10 @@ class Suite:
         return pytest.returncode == 0
 
 
-WHOLE: tuple[tuple[str, ...], ...] = ((),)
+WHOLE: dict[str, tuple[str, ...]] = {"": ()}
 
-HALVES = (("--ignore=tests/scenarios",), ("tests/scenarios",))
-"""Parts that take about as long: measured, all would take much longer than on the other Pythons."""
+HALVES = {"": ("--ignore=tests/scenarios",), " scenarios": ("tests/scenarios",)}
+"""Parts, by what their lines begin with behind the version, that take about as long: measured, all would take much longer than on the other Pythons."""
 
 
 def prepare(wheel: Path, interpreter: Interpreter) -> Path:
@@ -86,10 +86,16 @@ def plan(found: list[Interpreter], wheel: Path) -> list[Suite]:
         parts = HALVES if is_measured else WHOLE
         if interpreter.name == here:
             python = Path(sys.executable)
-            suites += [Suite(f"{here} sources", part, python, is_measured) for part in parts]
+            suites += [
+                Suite(f"{here} sources{label}", part, python, is_measured)
+                for label, part in parts.items()
+            ]
         if interpreter.name != here:
             python = prepare(wheel, interpreter)
-            suites += [Suite(interpreter.name, part, python, is_measured) for part in parts]
+            suites += [
+                Suite(f"{interpreter.name}{label}", part, python, is_measured)
+                for label, part in parts.items()
+            ]
         elif len(found) == 1:
             python = prepare(wheel, interpreter)
             suites.append(Suite(interpreter.name, (), python, is_measured=False))
