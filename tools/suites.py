@@ -64,7 +64,10 @@ class Suite:
 WHOLE: dict[str, tuple[str, ...]] = {"": ()}
 
 HALVES = {"": ("--ignore=tests/scenarios",), " scenarios": ("tests/scenarios",)}
-"""Parts, by what their lines begin with behind the version, that take about as long: measured, all would take much longer than on the other Pythons."""
+"""Two parts, by what stands behind the version in their lines.
+
+Measured, all tests in a row would take much longer than on the other Pythons.
+"""
 
 
 def prepare(wheel: Path, interpreter: Interpreter) -> Path:
