@@ -14,7 +14,7 @@ import trustme
 from greenlet import getcurrent
 
 from portico.engines.green import tls
-from portico.engines.green.tls import GreenSSLSocket
+from portico.engines.green.tls import GreenSSLSocket, Session
 from tests.engines.green.conftest import Stage
 from tests.engines.green.test_sockets import drain, reset, take
 from tests.support import PATIENCE, Call
@@ -362,3 +362,32 @@ def test_an_interrupted_flush_of_a_writer_loses_nothing(ends: Ends) -> None:
         return take(peer, len(words) + 4)
 
     assert ends.talk(write, read) == [None, words + b"late"]
+
+
+def test_a_writer_that_waits_for_a_handshake_rests(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room to write all the time; it is the peer's bytes that are missing."""
+    write_now, tries = Session.write_now, []
+
+    def counted(session: Session, data: bytes) -> int:
+        tries.append(data)
+        return write_now(session, data)
+
+    monkeypatch.setattr(Session, "write_now", counted)
+    calling: list[Call[bytes]] = []
+
+    def write() -> None:
+        with ends.wrap(do_handshake_on_connect=False) as wrapped:
+            writer = wrapped.make_writer()  # type: ignore[attr-defined]
+            writer.write(b"hello")
+            writer.flush()
+            assert calling[0].result() == b"hello"
+
+    def begin_late() -> None:
+        for _ in range(100):
+            ends.stage.hub.sleep(0)
+        calling.append(ends.peer(lambda peer: take(peer, 5)))
+
+    ends.stage.run(write, begin_late)
+    assert len(tries) < 20

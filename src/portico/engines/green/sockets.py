@@ -441,6 +441,10 @@ class GreenSocket(socket.socket):
             else:
                 watch.wait_writable(deadline)
 
+    def _wait_for_room(self, deadline: float) -> None:
+        """Wait until a write that the system did not take may go on."""
+        self.watch.wait_writable(deadline)
+
     def _send_rest(self, data: ReadableBuffer, sent: int, flags: int) -> None:
         """Send what a first call left over, under one deadline for all of it."""
         with memoryview(data) as view, view.cast("B") as octets:
@@ -927,7 +931,7 @@ class Outbox:
                     continue
                 if watch.timeout == 0:
                     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-                watch.wait_writable(deadline)
+                self._sock._wait_for_room(deadline)
         except OSError:
             self._drop()
             raise

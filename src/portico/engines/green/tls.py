@@ -63,6 +63,14 @@ class GreenSSLSocket(ssl.SSLSocket, GreenSocket):  # type: ignore[misc]  # loose
             return _socket.socket.send(self, data, flags)
         return session.write_now(data)
 
+    def _wait_for_room(self, deadline: float) -> None:
+        session = self._sslobj
+        if session is not None and session.wants_read:  # in the middle of a handshake
+            self.watch.may_read = False
+            self.watch.wait_readable(deadline)
+        else:
+            super()._wait_for_room(deadline)
+
     def _send_rest(self, data: ReadableBuffer, sent: int, flags: int) -> None:
         session = self._sslobj
         if session is None:
@@ -80,9 +88,11 @@ class Session:
     OpenSSL allows one at a time for each connection.
     """
 
-    __slots__ = ("_lock", "_sock", "_sslobj")
+    __slots__ = ("_lock", "_sock", "_sslobj", "wants_read")
 
     def __init__(self, sslobj: Any, sock: GreenSSLSocket) -> None:
+        self.wants_read = False
+        """Whether the last `write_now` did nothing for want of bytes of the peer."""
         self._sslobj = sslobj
         self._sock = sock
         self._lock = Lock()  # guards _sslobj
@@ -108,7 +118,8 @@ class Session:
         with self._lock:
             try:
                 written: int = self._sslobj.write(data)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                self.wants_read = isinstance(error, ssl.SSLWantReadError)
                 return 0
         return written
 
