@@ -302,8 +302,14 @@ def test_what_is_no_tls_leaves_nothing_but_its_count(
             lambda _: say(server, hello[: chance.randrange(1, len(hello))]),
             lambda number: vanish(server, hello, in_the_middle=number % 2 == 0),
         ]
-        for call in [Call(repeat, act) for act in acts]:
-            call.result()
+        if engine == "forks":
+            # In a row: a child that is forked while another client is inside of OpenSSL may find a
+            # lock of it taken, for ever.  A server has no such threads beside it.
+            for act in acts:
+                repeat(act)
+        else:
+            for call in [Call(repeat, act) for act in acts]:
+                call.result()
         if engine != "forks":  # whose children tell nobody here
             eventually(lambda: len(told) == 4 * each, f"{len(told)} are {4 * each}")
         eventually(lambda: len(descriptors()) <= before, "all is closed")
