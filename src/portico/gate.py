@@ -30,7 +30,7 @@ LEAD_PAUSE: Final = 0.005
 
 The system wakes the worker that began to wait first, which is the same one again as long as it
 takes clients faster than they come: of those that come to stay it would get nearly all.  Who comes
-in these milliseconds wakes another worker; if there is none that waits, nobody notices them.
+in these milliseconds wakes another worker, or waits until they are over if none of them waits.
 """
 
 
