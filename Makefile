@@ -20,6 +20,10 @@ CPYTHON_TESTS := tests/compat/test_cpython.py
 
 SHORT := --ignore=$(CPYTHON_TESTS) -m "not long"
 
+# Where everything runs side by side, a test that fails gets a second run: the first may have met
+# a machine that stood still.  The summary names each that needed it.
+TWICE := --reruns 1 --reruns-delay 1 -rfEsXR
+
 # One resolution for every supported Python, with markers where they differ, and without the
 # addresses and folders of the machine that made it.
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --quiet \
@@ -58,10 +62,10 @@ unit: environment ## run the tests on the sources, but for the long ones
 	$(BIN)/python -m pytest $(SHORT)
 
 suites: wheel ## run them on every supported Python, the wheel on the others, and measure coverage
-	$(BIN)/python -m tools.suites $(SHORT)
+	$(BIN)/python -m tools.suites $(SHORT) $(TWICE)
 
 long: environment ## run the tests that put a crowd of clients on a server, or measure it
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long $(TWICE)
 
 bench: environment ## measure every engine beside its peers
 	@$(PYTHON) tools/environment.py .venv requirements/bench.txt
@@ -74,7 +78,7 @@ fuzz: environment ## try to break the PROXY protocol parser; SECONDS=60 chooses 
 		-artifact_prefix=.fuzz/ .fuzz/proxy fuzz/corpus/proxy
 
 cpython: environment ## run CPython's own tests on portico, on every supported Python
-	$(BIN)/python -m pytest $(CPYTHON_TESTS)
+	$(BIN)/python -m pytest $(CPYTHON_TESTS) $(TWICE)
 
 compat: environment ## run these and the habits of public programs
 	$(BIN)/python -m pytest tests/compat

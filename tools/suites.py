@@ -27,7 +27,19 @@ never end: its loop looks for pending calls before its first instruction, again 
 as another such thread waits to be cleared up.
 """
 
+REMARKABLE = ("FAILED ", "ERROR ", "RERUN ")
+"""How the lines of pytest's summary begin that are said again when all suites have ended."""
+
 _printing = threading.Lock()  # guards the output, of which each suite writes whole lines
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the tests ended on one Python."""
+
+    has_passed: bool
+    remarks: list[str]
+    """Lines of the summary: what failed, and what passed in its second run only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +55,9 @@ class Suite:
     is_measured: bool
     """Whether coverage is measured."""
 
-    def run(self, arguments: list[str]) -> bool:
-        """Run pytest, and say whether all passed."""
+    def run(self, arguments: list[str]) -> Outcome:
+        """Run pytest, and say how it ended."""
+        remarks = []
         measure = ("-m", "coverage", "run") if self.is_measured else ()
         with subprocess.Popen(
             [self.python, *measure, "-m", "pytest", *self.part, *arguments],
@@ -58,7 +71,9 @@ class Suite:
             for line in pytest.stdout:
                 with _printing:
                     print(f"{self.name}: {line}", end="", flush=True)
-        return pytest.returncode == 0
+                if line.startswith(REMARKABLE):
+                    remarks.append(f"{self.name}: {line}")
+        return Outcome(pytest.returncode == 0, remarks)
 
 
 WHOLE: dict[str, tuple[str, ...]] = {"": ()}
@@ -123,14 +138,18 @@ def main(arguments: list[str]) -> int:
     subprocess.run([sys.executable, "-m", "coverage", "erase"], cwd=ROOT, check=True)
     # More than there are processors: a test waits for most of its time.
     with ThreadPoolExecutor((os.cpu_count() or 1) + 2) as runs:
-        outcomes = runs.map(lambda suite: suite.run(arguments), suites)
-        failed = [
-            suite.name for suite, has_passed in zip(suites, outcomes, strict=True) if not has_passed
-        ]
+        outcomes = list(runs.map(lambda suite: suite.run(arguments), suites))
+    failed = [
+        suite.name
+        for suite, outcome in zip(suites, outcomes, strict=True)
+        if not outcome.has_passed
+    ]
     on_machine = {interpreter.version for interpreter in found}
     for major, minor in interpreters.supported_versions():
         if (major, minor) not in on_machine:
             print(f"Python {major}.{minor} is not on this machine: nothing was run on it")
+    # Among the lines of all suites they would be far from the end.
+    print(*(remark for outcome in outcomes for remark in outcome.remarks), sep="", end="")
     if failed:
         print(f"the suite failed on Python {', '.join(failed)}", file=sys.stderr)
         return 1
