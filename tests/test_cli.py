@@ -21,7 +21,7 @@ from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
 from portico.lifecycle import DrainReport
 from portico.notation import NOTATIONS
-from portico.service import Tally
+from portico.tally import Tally
 from tests.support import recorded
 
 HANDLER = "portico:BaseRequestHandler"
@@ -351,7 +351,7 @@ def test_a_check_shows_what_would_run_and_opens_nothing(
 ) -> None:
     (tmp_path / "portico.toml").write_text(FILE)
     monkeypatch.setenv("PORTICO_WEB_BACKLOG", "5")
-    monkeypatch.setattr("portico.service.open_listener", lambda *_: pytest.fail("it is opened"))
+    monkeypatch.setattr("portico.opening.open_listener", lambda *_: pytest.fail("it is opened"))
     assert status("check", "--drain-timeout", "3", "--service", "web") == 0
     out, err = capsys.readouterr()
     assert err == ""

@@ -65,8 +65,13 @@ LAYERS = (
     ("portico.engines",),
     ("portico.combinations",),
     (
+        "portico.assembly",
         "portico.configuration",
+        "portico.descriptors",
+        "portico.loops",
+        "portico.opening",
         "portico.places",
+        "portico.rounds",
         "portico.service",
         "portico.settings",
         "portico.tally",

@@ -18,13 +18,15 @@ import pytest
 import portico
 from portico import address, service, worker
 from portico.admission import AdmissionRules
+from portico.assembly import share_places
 from portico.counters import Counters, Row
 from portico.counts import Cell, Totals
 from portico.events import RefusalReason
 from portico.gate import WhenFull
 from portico.listener import open_listener
+from portico.opening import station_names
 from portico.places import LOOK_AGAIN, SILENCE, SharedGate, SharedPlaces
-from portico.service import Assignment, Service, share_places, station_names
+from portico.service import Assignment, Service
 from portico.settings import Settings
 from tests.support import PATIENCE, eventually
 from tests.test_counters import ended, forked
@@ -368,7 +370,7 @@ class Workers:
     def _work(self, number: int) -> None:
         if self.limit is not None:
             settled = replace(self.settings.resolved(1000), max_connections=self.limit)
-            service.share_places = lambda *_: (settled, self.number * (self.limit or 0))
+            vars(service)["share_places"] = lambda *_: (settled, self.number * (self.limit or 0))
         listener = self.opened.lend()
         assignment = Assignment(Stay, self.opened.place.address, self.settings)
         with Service(

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 
 import portico
-from portico import address, events, service
-from portico.address import InternetAddress, Scheme, UnixAddress
+from portico import address, descriptors, events, service
+from portico.address import InternetAddress, UnixAddress
 from portico.engines import ENGINES
 from portico.errors import ListenerError, SettingError
 from portico.lifecycle import DrainReport
-from portico.listener import OpenListener, open_listener, resolve
-from portico.service import FAMILIES, Service, Tally, server_class
+from portico.listener import open_listener
+from portico.service import Service
 from portico.settings import Settings
+from portico.tally import Tally
 from tests.support import PATIENCE, Call, eventually, nothing_left_behind
 from tests.support import connect as connect_client
 from tests.tls import Authority
@@ -103,39 +104,7 @@ def closed(number: int) -> Iterator[None]:
 # ---------------------------------------------------------------------------- making the servers
 
 
-PREFIXES = {
-    "threads": "Threading",
-    "forks": "Forking",
-    "pool": "ThreadPool",
-    "green": "Green",
-    "serial": "",
-}
 """What the combinations of each engine are called by."""
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("scheme", "family"), FAMILIES.items())
-def test_a_server_is_an_engine_before_a_family(
-    engine: str, scheme: Scheme, family: type[portico.TCPServer], tmp_path: Path
-) -> None:
-    """And is called like the combination of that name, where there is one."""
-    text = f"{scheme}:{tmp_path}/a" if scheme.is_unix else f"{scheme}://127.0.0.1:0"
-    with closing(open_listener(address.parse(text))) as opened:
-        made = server_class(opened, Settings(engine=engine).resolved(1024))
-    assert issubclass(made, family)
-    prefix = PREFIXES[engine]
-    assert made.__name__ == f"{prefix}{family.__name__}"
-    assert issubclass(made, getattr(portico, f"{prefix}MixIn", portico.BaseServer))
-
-
-def test_engines_are_set_up_as_they_know_it() -> None:
-    opened = OpenListener(resolve(address.parse(LOOPBACK)), socket.socket())
-    opened.close()
-    green = Settings(engine="green", hubs=4)
-    assert vars(server_class(opened, green.resolved(1024)))["max_hubs"] == 4
-    assert "max_hubs" not in vars(server_class(opened, Settings(engine="green").resolved(1024)))
-    pool = Settings(engine="pool", max_workers=3)
-    assert vars(server_class(opened, pool.resolved(1024)))["max_workers"] == 3
 
 
 def test_a_server_has_what_protects_it() -> None:
@@ -146,7 +115,7 @@ def test_a_server_has_what_protects_it() -> None:
         assert [str(network) for network in server.denied_networks] == ["192.0.2.1/32"]
         limit, of_peer = server.max_connections, server.max_connections_per_peer
         assert limit is not None
-        assert 0 < limit < service.descriptor_limit()
+        assert 0 < limit < descriptors.descriptor_limit()
         assert of_peer == max(1, limit // 2)
 
 
@@ -162,16 +131,6 @@ def test_datagrams_are_not_limited_as_connections_are() -> None:
         (server,) = made._servers
         assert server._guard.gate is None
         assert server._guard.keeper is None
-
-
-def test_a_process_may_have_all_descriptors_that_it_could_have(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))
-    monkeypatch.setattr("resource.setrlimit", lambda _, limits: asked.append(limits))
-    service.raise_descriptor_limit()
-    assert asked == [(4096, 4096)]
 
 
 def test_a_certificate_that_cannot_be_used_is_told_before_anything_is_bound(
@@ -538,16 +497,6 @@ def test_a_loop_that_fails_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(portico.TCPServer, "serve_forever", fail)
         with serving() as made, pytest.raises(ZeroDivisionError):
             made.run()
-
-
-def test_a_limit_that_the_system_does_not_grant_is_left_as_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(*_: object) -> None:
-        raise ValueError("current limit exceeds maximum limit")
-
-    monkeypatch.setattr("resource.setrlimit", refuse)
-    service.raise_descriptor_limit()
 
 
 # ---------------------------------------------------------------------------------------- signals

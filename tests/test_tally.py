@@ -18,8 +18,10 @@ from portico.counters import Counters, Row
 from portico.counts import NO_PREAMBLE, NOBODY, Counts
 from portico.events import RefusalReason
 from portico.listener import open_listener
-from portico.service import Assignment, Service, Tally, station_names
+from portico.opening import station_names
+from portico.service import Assignment, Service
 from portico.settings import Settings
+from portico.tally import Tally
 from tests.support import PATIENCE, Call, eventually, received, reset
 from tests.tls import Authority
 

@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from portico.address import Address
+from portico.assembly import AdoptingMixIn
 from portico.errors import PorticoError
 from portico.events import DrainStarted, Event, ServerStarted, subscribe
-from portico.service import STOP_PATIENCE, AdoptingMixIn, Service
+from portico.service import STOP_PATIENCE, Service
 from portico.systemd import Notifier
 
 

@@ -18,13 +18,13 @@ import click
 
 import portico
 from portico import options, program, reloader, swap, target
+from portico.assembly import load_certificates
 from portico.configuration import Configuration
 from portico.doctor import command as doctor
 from portico.engines import ENGINES
 from portico.engines import settings as engine_settings
 from portico.errors import PorticoError
 from portico.outline import outline
-from portico.service import load_certificates
 from portico.sources import SourcedConfiguration, Sources
 from portico.worker import leave
 

@@ -19,8 +19,10 @@ from portico.counts import Counts
 from portico.errors import PorticoError, SettingError
 from portico.listener import expand, scheme_of
 from portico.logfile import LogFile
-from portico.service import Assignment, Opening, Tally
+from portico.opening import Opening
+from portico.service import Assignment
 from portico.settings import StrPath
+from portico.tally import Tally
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

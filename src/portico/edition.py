@@ -30,11 +30,12 @@ from portico import privileges
 from portico.changes import folders_of, places_of
 from portico.configuration import Configuration, ServiceSettings
 from portico.console import say
+from portico.descriptors import raise_descriptor_limit
 from portico.duty import assign, logged, report
 from portico.errors import PorticoError
 from portico.handover import said_end
 from portico.listener import OpenListener
-from portico.service import STOP_PATIENCE, Service, raise_descriptor_limit
+from portico.service import STOP_PATIENCE, Service
 from portico.signals import do_nothing
 from portico.worker import FAILED, INTERRUPT_SIGNAL, leave
 

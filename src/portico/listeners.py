@@ -19,8 +19,8 @@ from portico.console import say
 from portico.errors import ListenerError
 from portico.handover import Heirloom
 from portico.listener import OpenListener, resolve
+from portico.opening import Opening, open_listeners
 from portico.place import Place
-from portico.service import Opening, open_listeners
 from portico.socketfile import SocketFile
 
 

@@ -22,12 +22,13 @@ from portico.address import Address
 from portico.announcement import Announcement, failure_told, ready_on
 from portico.configuration import Configuration
 from portico.console import say
+from portico.descriptors import raise_descriptor_limit
 from portico.duty import assign, expanded, logged, openings, report, say_counts
 from portico.handover import Heritage, inherit
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.service import STOP_SIGNALS, Service, raise_descriptor_limit
+from portico.service import STOP_SIGNALS, Service
 from portico.succession import Succession
 from portico.supervisor import Supervisor
 from portico.systemd import Notifier

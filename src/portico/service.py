@@ -1,61 +1,42 @@
 """Run servers side by side: one for each address, started and stopped together.
 
-Owns how a server is put together from settings and an address, which of its loops runs in which
-thread, and how a signal drains all of them.  Leaves serving and draining to the servers, counting
-to `portico.tally`, and what is allowed to `portico.settings`.
+Owns which of their loops runs in which thread, and how a signal drains all of them.  Leaves putting
+a server together to `portico.assembly`, serving and draining to the servers, counting to
+`portico.tally`, and what is allowed to `portico.settings`.
 """
 
 from __future__ import annotations
 
 import os
-import pkgutil
-import resource
-import select
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from math import ceil, inf
+from math import inf
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
+from typing import Any, Final, Self, Unpack
 
 from portico.acceptor import Wakeup
-from portico.address import Address, BoundAddress, DescriptorAddress, Scheme, parse
+from portico.address import Address, BoundAddress, parse
+from portico.assembly import AdoptingMixIn, load_certificates, server_class, share_places
 from portico.counters import Counters, Row, Station
 from portico.counts import Counts
+from portico.descriptors import descriptor_limit
 from portico.drain import LAST_WORDS
-from portico.engines import ENGINES
 from portico.engines.forks import ForkingMixIn
-from portico.errors import ListenerError, PhaseError, SettingError
-from portico.events import ListenerBound, emit
-from portico.families import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
-from portico.listener import OpenListener, expand, open_listener, scheme_of
-from portico.places import SharedPlaces, SharingMixIn
-from portico.settings import AUTO, Settings, SettingValues, connection_limit
-from portico.tally import Counter, count
-from portico.tally import Tally as Tally  # noqa: PLC0414  # what `Service.run` returns
+from portico.errors import SettingError
+from portico.listener import OpenListener, expand, scheme_of
+from portico.loops import Drainer, ServingLoop, wait_until
+from portico.opening import Opening, open_listeners, station_names
+from portico.places import SharedPlaces
+from portico.rounds import Rounds
+from portico.settings import Settings, SettingValues
+from portico.tally import Counter, Tally, count
 from portico.target import Handler, check_scheme
-
-if TYPE_CHECKING:
-    from portico.certificates import Certificates
-
-    _Base: TypeAlias = TCPServer
-else:
-    _Base = object
-
-FAMILIES: Final[Mapping[Scheme, type[TCPServer]]] = {
-    Scheme.TCP: TCPServer,
-    Scheme.TLS: TCPServer,
-    Scheme.UDP: UDPServer,
-    Scheme.UNIX: UnixStreamServer,
-    Scheme.UNIX_DATAGRAM: UnixDatagramServer,
-}
-"""The family that serves each scheme."""
 
 STOP_PATIENCE: Final = 2 * LAST_WORDS
 """Seconds that a loop still has after the time of its drain.
@@ -65,92 +46,11 @@ it had its last words; one that does not even notice that is interrupted, or lef
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
-SIGNAL_INTERVAL: Final = 0.5
-"""Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
-
-LONGEST_PAUSE: Final = 3600.0
-"""Seconds of one wait at the most; then it waits again.  poll(2) counts milliseconds in an ``int``,
-which are 24 days."""
-
 LONGEST_ALARM: Final = 1e9
 """Seconds, 31 years, that no drain outlasts, and for which the system still sets an alarm."""
 
 POLL_INTERVAL: Final = 0.5
 """Seconds between two rounds of an idle loop that has something to do in each."""
-
-OF_EVERY_KIND: Final = ("accept_rate", "accept_burst", "allowed_networks", "denied_networks")
-"""Settings of every server under the same name."""
-
-OF_CONNECTIONS: Final = (
-    "max_connections",
-    "max_connections_per_peer",
-    "when_full",
-    "farewell",
-    "handshake_timeout",
-    "idle_timeout",
-    "request_timeout",
-    "minimum_rate",
-    "proxy_protocol",
-)
-"""Those of servers whose requests are connections: a datagram has no place and no time."""
-
-
-class AdoptingMixIn(_Base):
-    """Serve on a listener that is open already.
-
-    Owns `server_bind`, `server_activate` and the closing of the listener; extends `shutdown` and
-    `fileno`.
-    """
-
-    opened: OpenListener
-    """The listener."""
-
-    leaves_rest: bool = False
-    """Whether a drain leaves those who wait in the backlog to another process that accepts them."""
-
-    on_left: Callable[[], object] | None = None
-    """Called when the server accepts nobody any more; perhaps more than once."""
-
-    _on_round: Callable[[], object] | None = None
-    """Called in the serving loop whenever it comes round; see `portico.acceptor.round_of`."""
-
-    _has_stopped = False
-
-    @property
-    def shares_listener(self) -> bool:
-        """Whether other processes accept from it, too."""
-        return self.opened.is_lent
-
-    @property
-    def address(self) -> BoundAddress:
-        """The address that was bound, with the port that the system chose."""
-        return self.opened.place.address_of(self.server_address)
-
-    def shutdown(self) -> None:
-        """End the loop; what comes after it may have no listener."""
-        super().shutdown()
-        self._has_stopped = True
-
-    def fileno(self) -> int:
-        """Return the descriptor of the listener; -1 when nobody is accepted from it any more."""
-        return -1 if self._has_stopped and self.leaves_rest else super().fileno()
-
-    def server_bind(self) -> None:
-        """Take the listener over."""
-        self.socket.close()  # every server makes one for itself
-        self.socket = self.opened.socket
-        self.server_address = self.socket.getsockname()
-        if ListenerBound.subscribers:
-            emit(ListenerBound(self, self.server_address))
-
-    def server_activate(self) -> None:
-        """Do nothing: it listens."""
-
-    def _close_listener(self) -> None:
-        self.opened.close()
-        super()._close_listener()
-        if self.on_left is not None:
-            self.on_left()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +117,12 @@ class Service:
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self._wakeup: Wakeup | None = None
         self._poll_interval = POLL_INTERVAL
-        self._pulse: _Pulse | None = None
+        self._pulse: Rounds | None = None
         with ExitStack() as closing:
             if listeners is None:
-                listeners = open_listeners(assignments)
+                listeners = open_listeners(
+                    [Opening(each.address, each.settings) for each in assignments]
+                )
             for each in listeners:
                 closing.callback(each.close)
             names = station_names(listeners)
@@ -329,7 +231,7 @@ class Service:
             beat: Called in one of the loops whenever every one of them has gone round again.
             interval: Seconds between two calls at the most, of a service that is alive.
         """
-        pulse = self._pulse = _Pulse(beat, len(self._servers), interval / 2)
+        pulse = self._pulse = Rounds(beat, len(self._servers), interval / 2)
         self._poll_interval = pulse.interval
         for server in self._servers:
             # On the instance: a server that nobody watches sleeps until a client comes.
@@ -413,7 +315,7 @@ class Service:
         A handler may hold this thread (the serial engine), or the hub for which it waits.
         """
         (server,) = self._servers
-        drainer = _Drainer(server, self._stops)
+        drainer = Drainer(server, self._stops)
         drainer.start()
         try:
             self._is_in_loop = True
@@ -432,7 +334,7 @@ class Service:
         self._stops.put(None)  # if it was the program that ended the loop
         with closing(Wakeup()) as wakeup:  # not before the loop, whose own it is that hears signals
             drainer.tell(wakeup)
-            _wait_until(drainer.has_ended.is_set, wakeup)
+            wait_until(drainer.has_ended.is_set, wakeup)
         if drainer.error is not None:
             raise drainer.error
         if server.drain_report is None:
@@ -442,20 +344,18 @@ class Service:
         """Serve each address in a thread of its own, until `stop` or until none is left."""
         wakeup = self._wakeup = Wakeup()
         try:
-            loops = [_Loop(server, wakeup, self._poll_interval) for server in self._servers]
+            loops = [ServingLoop(server, wakeup, self._poll_interval) for server in self._servers]
             for loop in loops:
                 loop.start()
-            _wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
+            wait_until(lambda: self._has_reason_to_stop(loops), wakeup)
             timeout = self._drain_timeout
             deadline = inf if timeout is None else time.monotonic() + timeout + STOP_PATIENCE
             for loop in loops:
                 loop.drain()
             # A handler that holds its loop beyond the deadline is left behind; where the loop has
             # ended, the drain ends, too.
-            _wait_until(lambda: all(loop.has_ended for loop in loops), wakeup, deadline)
-            _wait_until(
-                lambda: all(loop.is_drained or not loop.has_ended for loop in loops), wakeup
-            )
+            wait_until(lambda: all(loop.has_ended for loop in loops), wakeup, deadline)
+            wait_until(lambda: all(loop.is_drained or not loop.has_ended for loop in loops), wakeup)
         finally:
             self._wakeup = None
             wakeup.close()
@@ -463,7 +363,7 @@ class Service:
             if loop.error is not None:
                 raise loop.error
 
-    def _has_reason_to_stop(self, loops: Sequence[_Loop]) -> bool:
+    def _has_reason_to_stop(self, loops: Sequence[ServingLoop]) -> bool:
         return (
             self._is_stopping
             or any(loop.error is not None for loop in loops)
@@ -517,169 +417,9 @@ def serve(
             return service.run()
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """Where a listener is to be opened, before anybody knows by whom it is served.
-
-    Attributes:
-        address: Where.
-        settings: Its backlog, and who may use the file of a Unix socket.
-    """
-
-    address: Address
-    settings: Settings
-
-
-def open_listeners(openings: Sequence[Opening | Assignment]) -> list[OpenListener]:
-    """Open a listener for each of several openings, or none.
-
-    Raises:
-        ListenerError: An address cannot be had.
-        SettingError: There is no such owner of a Unix socket.
-    """
-    _refuse_shared([each.address for each in openings])
-    accesses = [each.settings.socket_access() for each in openings]
-    with ExitStack() as closing:
-        opened: list[OpenListener] = []
-        for each, access in zip(openings, accesses, strict=True):
-            backlog = each.settings.backlog
-            opened.append(open_listener(each.address, backlog=backlog, access=access))
-            closing.callback(opened[-1].close)
-        closing.pop_all()
-        return opened
-
-
-def station_names(listeners: Iterable[OpenListener]) -> list[str]:
-    """Return what the stations of listeners are called: by their addresses, each name once."""
-    names: list[str] = []
-    for each in listeners:
-        bound = str(each.place.address_of(each.socket.getsockname()))
-        again = sum(name.partition(" ")[0] == bound for name in names)
-        names.append(f"{bound} {again + 1}" if again else bound)
-    return names
-
-
-def share_places(
-    asked: Settings, settled: Settings, descriptors: int, workers: int
-) -> tuple[Settings, int]:
-    """Say how many connections one worker may have, and how many all of them.
-
-    Args:
-        asked: The settings of a server.
-        settled: The same, with a number in the place of each `AUTO`.
-        descriptors: How many one process may have open for this server; below 0 for no limit.
-        workers: How many there are.
-
-    Returns:
-        The settings of the server in one worker, which has descriptors of its own to be bounded
-        by, and the limit for all.
-    """
-    most = settled.max_connections
-    assert isinstance(most, int), "it is settled"
-    if asked.max_connections == AUTO:
-        return settled, most * workers
-    own = min(most, connection_limit(descriptors, most))
-    return replace(settled, max_connections=own), most
-
-
-def _refuse_shared(addresses: Sequence[Address]) -> None:
-    """Make sure that no inherited socket is two servers': a client would get either of them.
-
-    A socket that is opened here is refused by the system, the second time.
-    """
-    seen: set[int] = set()
-    for each in addresses:
-        if isinstance(each, DescriptorAddress):
-            if each.descriptor in seen:
-                raise ListenerError(
-                    f"cannot listen on {each}: in use by this very process; is the address, or "
-                    "the name that systemd has for it, given twice?"
-                )
-            seen.add(each.descriptor)
-
-
-def server_class(
-    opened: OpenListener,
-    settings: Settings,
-    certificates: Certificates | None = None,
-    places: SharedPlaces | None = None,
-) -> type[AdoptingMixIn]:
-    """Put together the class that serves a listener: an engine, in front of a family.
-
-    Its requests do not outlive the program, nor hold up its end.
-
-    Args:
-        opened: The listener.
-        settings: With a number in the place of each `AUTO`.
-        certificates: For an address that speaks TLS.
-        places: Those that it shares with other processes; ``None`` for none.
-    """
-    scheme = opened.place.address.scheme
-    family = FAMILIES[scheme]
-    mixin = ENGINES[settings.engine]
-    engines = (pkgutil.resolve_name(mixin),) if mixin else ()
-    prefix = "".join(kind.__name__.removesuffix("MixIn") for kind in engines)
-    names = OF_EVERY_KIND if scheme.is_datagram else OF_EVERY_KIND + OF_CONNECTIONS
-    attributes: dict[str, Any] = {
-        "__module__": __name__,
-        "opened": opened,
-        "address_family": opened.place.family,
-        "daemon_threads": True,
-        "block_on_close": False,
-        "request_queue_size": settings.backlog,
-        "drain_timeout": settings.drain_timeout,
-        "ssl_context": certificates if scheme is Scheme.TLS else None,
-    }
-    attributes |= {name: getattr(settings, name) for name in names}
-    attributes |= settings.engine_attributes()
-    if scheme.is_datagram:
-        # The listener waits, for the sake of handlers that reply by it; the acceptor does not:
-        # another process that has it may be faster.
-        attributes["receive_flags"] = socket.MSG_DONTWAIT
-    mixins: tuple[type[Any], ...] = (*engines, AdoptingMixIn)
-    if places is not None and not scheme.is_datagram:
-        attributes["shared_places"] = places
-        mixins = (SharingMixIn, *mixins)
-    bases: Any = (*mixins, family)
-    return type(f"{prefix}{family.__name__}", bases, attributes)
-
-
-def load_certificates(settings: Settings) -> Certificates | None:
-    """Load what the settings name; ``None`` if they name no certificate.
-
-    Raises:
-        CertificateError: A file cannot be used.
-    """
-    if settings.cert is None:
-        return None
-    from portico.certificates import Certificates  # noqa: PLC0415  # it stands on ssl
-
-    wanted: Any = settings.client_certificates
-    if wanted is None:
-        wanted = "none" if settings.client_ca is None else "required"
-    return Certificates(
-        settings.cert, settings.key, client_ca=settings.client_ca, client_certificates=wanted
-    )
-
-
 def _longest(timeouts: Iterable[float | None]) -> float | None:
     """Return the longest of several times; ``None`` stands for no limit."""
     return max(timeouts, key=lambda timeout: inf if timeout is None else timeout)
-
-
-def descriptor_limit() -> int:
-    """Return how many descriptors this process may have open; below 0 for no limit."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def raise_descriptor_limit() -> None:
-    """Let this process have as many descriptors open as the system allows it.
-
-    The usual limit, 1,024, is for the sake of select(2), which knows no higher numbers.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # some systems say more than they allow
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _close(server: AdoptingMixIn) -> None:
@@ -690,132 +430,3 @@ def _close(server: AdoptingMixIn) -> None:
         for child in server.active_children or ():
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
-
-
-def _wait_until(is_so: Callable[[], bool], wakeup: Wakeup, deadline: float = inf) -> None:
-    """Wait until something is so, of which `wakeup` tells, or until the deadline.
-
-    In the main thread a signal ends the wait for as long as its handler takes.  To wait for an
-    event, or a thread, would not do: a signal that comes just before goes unnoticed until the end.
-    """
-    poll = select.poll()  # and not select(2), since descriptors may be many
-    poll.register(wakeup, select.POLLIN)
-    while not is_so() and (remaining := deadline - time.monotonic()) > 0:
-        pause = min(remaining, SIGNAL_INTERVAL if wakeup.misses_signals else LONGEST_PAUSE)
-        poll.poll(ceil(pause * 1000))
-        wakeup.clear()
-
-
-class _Drainer(threading.Thread):
-    """Drains a server whose loop runs elsewhere, once it is asked to."""
-
-    def __init__(self, server: AdoptingMixIn, stops: SimpleQueue[None]) -> None:
-        super().__init__(name=f"drain of {server.address}", daemon=True)
-        self.error: BaseException | None = None
-        self.has_ended = threading.Event()
-        self._has_begun = False
-        self._is_cancelled = False
-        self._server = server
-        self._stops = stops
-        self._wakeup: Wakeup | None = None
-
-    def tell(self, wakeup: Wakeup) -> None:
-        """Say what to wake at the end; who has said so looks whether it has come already."""
-        self._wakeup = wakeup
-
-    def cancel(self) -> None:
-        """Have the thread end, unless it drains already."""
-        self._is_cancelled = True
-        self._stops.put(None)
-        if not self._has_begun:
-            self.join(LAST_WORDS)
-
-    def run(self) -> None:
-        self._stops.get()
-        try:
-            if not self._is_cancelled:
-                self._has_begun = True
-                self._server.drain()
-        except PhaseError:  # the loop has not begun: it will end at once
-            self._server.shutdown()
-        except BaseException as error:  # raised again, in the thread of `Service.run`
-            self.error = error
-        finally:
-            self.has_ended.set()
-            if self._wakeup is not None:
-                self._wakeup.wake()
-
-
-class _Loop(threading.Thread):
-    """A serving loop in a thread of its own."""
-
-    def __init__(self, server: AdoptingMixIn, wakeup: Wakeup, poll_interval: float) -> None:
-        super().__init__(name=str(server.address), daemon=True)
-        self.error: BaseException | None = None
-        self.has_ended = False
-        self.is_drained = False
-        self._server = server
-        self._wakeup = wakeup
-        self._poll_interval = poll_interval
-
-    def run(self) -> None:
-        try:
-            self._server.serve_forever(self._poll_interval)
-        except BaseException as error:  # raised again, in the thread of `Service.run`
-            self.error = error
-        finally:
-            self.has_ended = True
-            self._wakeup.wake()
-
-    def drain(self) -> None:
-        """Begin to drain the server."""
-        threading.Thread(target=self._drain, daemon=True).start()
-
-    def _drain(self) -> None:
-        try:
-            try:
-                self._server.drain()
-            except PhaseError:  # the loop has not begun: it will end at once
-                self._server.shutdown()
-                self.join()
-                self._server.drain()
-        except BaseException as error:
-            self.error = self.error or error
-        finally:
-            self.is_drained = True
-            self._wakeup.wake()
-
-
-class _Pulse:
-    """Tells that all serving loops are alive, by the rounds that they make."""
-
-    def __init__(self, beat: Callable[[], object], loops: int, interval: float) -> None:
-        self.interval = interval
-        self._beat = beat
-        self._loops = loops
-        self._changed = threading.Lock()  # guards the two below
-        self._seen: set[AdoptingMixIn] = set()
-        self._last = -inf
-        self._threads: dict[AdoptingMixIn, int] = {}
-
-    def go_round(self, server: AdoptingMixIn) -> None:
-        """Take note that a loop has gone round; called in it, for every connection as well.
-
-        Of a server with several, as one with several hubs has, the first counts.
-        """
-        here = threading.get_ident()
-        if self._threads.setdefault(server, here) != here:
-            return
-        now = time.monotonic()
-        with self._changed:
-            self._seen.add(server)
-            if len(self._seen) < self._loops or now - self._last < self.interval:
-                return
-            self._seen.clear()
-            self._last = now
-        self._beat()
-
-    def overdue(self, servers: Iterable[AdoptingMixIn]) -> list[AdoptingMixIn]:
-        """Return the servers whose loops have not gone round."""
-        with self._changed:
-            return [each for each in servers if each not in self._seen]

@@ -24,12 +24,14 @@ from portico import privileges
 from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
+from portico.descriptors import raise_descriptor_limit
 from portico.duty import counted, described, expanded, log_kept, openings, say_counts
 from portico.errors import PorticoError
 from portico.handover import LONGEST_WAIT, Heritage
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.service import STOP_PATIENCE, raise_descriptor_limit, station_names
+from portico.opening import station_names
+from portico.service import STOP_PATIENCE
 from portico.signals import SignalPipe
 from portico.succession import Succession
 from portico.supervision import (

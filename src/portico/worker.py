@@ -26,6 +26,7 @@ from functools import partial
 from typing import Final, NoReturn
 
 from portico import stacks
+from portico.assembly import AdoptingMixIn
 from portico.channel import Channel, Message
 from portico.configuration import Configuration
 from portico.console import say
@@ -35,8 +36,9 @@ from portico.errors import PorticoError
 from portico.events import ServerStarted, subscribe
 from portico.listener import OpenListener
 from portico.logfile import reopen_all
-from portico.service import STOP_PATIENCE, AdoptingMixIn, Service, Tally
+from portico.service import STOP_PATIENCE, Service
 from portico.signals import do_nothing
+from portico.tally import Tally
 from portico.waits import thread_waits_in_read, thread_waits_in_write
 
 DUMP_SIGNAL: Final = signal.SIGRTMAX - 1

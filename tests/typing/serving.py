@@ -4,7 +4,7 @@ from ipaddress import ip_network
 from pathlib import Path
 
 import portico
-from portico.service import Tally
+from portico.tally import Tally
 
 
 class Echo(portico.StreamRequestHandler):

@@ -18,9 +18,10 @@ from typing import Any, Final
 
 from portico import privileges, target
 from portico.address import Scheme, parse
+from portico.descriptors import raise_descriptor_limit
 from portico.errors import PorticoError
 from portico.events import Event, HandlerFailed, HandlerStalled, subscribe
-from portico.service import Assignment, Service, raise_descriptor_limit
+from portico.service import Assignment, Service
 from portico.settings import Settings
 
 MOST_FAILURES: Final = 20
