@@ -80,7 +80,7 @@ LAYERS = (
     ("portico.announcement", "portico.duty", "portico.handover"),
     ("portico.listeners", "portico.worker"),
     ("portico.succession", "portico.workers"),
-    ("portico.supervisor",),
+    ("portico.soloist", "portico.supervisor"),
     ("portico.notation",),
     ("portico.layers",),
     ("portico.environment", "portico.settings_file"),

@@ -96,3 +96,14 @@ def test_how_an_heir_ended_is_said_and_another_can_be_tried(
     said = capsys.readouterr().err
     assert said.count("the other process exited with status 3 before it served") == 2
     assert said.count("; this one goes on") == (0 if is_ending else 2)
+
+
+def test_the_first_process_of_a_container_does_not_hand_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its successor would be killed when it ends."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    alone = succession()
+    alone.begin([], ProcessSettings())
+    assert alone.fileno() is None
+    assert "cannot hand over as process 1" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 Owns both ends of it, what is said of them, and what is told to systemd.  Leaves how another process
 is started and what it inherits to `portico.handover`, and draining to who has handed over.
 
-Source: sd_notify(3), ``MAINPID=``.
+Source: sd_notify(3), ``MAINPID=``; pid_namespaces(7), "The namespace init process".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from math import inf
+from typing import Final
 
 from portico.address import Address
 from portico.configuration import ProcessSettings
@@ -24,6 +25,9 @@ from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.pidfile import PidFile
 from portico.systemd import Notifier
+
+FIRST_PROCESS: Final = 1
+"""The number of the process with whose end the system ends all others of its container."""
 
 
 class Succession:
@@ -136,6 +140,12 @@ class Succession:
         """
         if self._heir is not None:
             say(f"another {self._kind} (process {self._heir.process}) is starting already")
+            return
+        if os.getpid() == FIRST_PROCESS:
+            say(
+                "cannot hand over as process 1: whatever it starts ends with it; reload with "
+                "SIGHUP, or start it anew"
+            )
             return
         variables = self._notifier.variables(0)
         variables.pop("WATCHDOG_PID", None)  # it will be the heir's
