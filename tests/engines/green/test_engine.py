@@ -22,7 +22,8 @@ import pytest
 import portico
 from portico.engines.green import GreenMixIn
 from portico.engines.green.crew import Outcome
-from portico.engines.green.sockets import GreenSocket, GreenWriter
+from portico.engines.green.outbox import GreenWriter
+from portico.engines.green.sockets import GreenSocket
 from tests.support import PATIENCE, Call, eventually, running_program
 
 

@@ -25,7 +25,8 @@ from greenlet import GreenletExit, getcurrent
 from portico.engines.green import sockets as module
 from portico.engines.green import watch
 from portico.engines.green.hub import Hub
-from portico.engines.green.sockets import GreenSocket, GreenWriter
+from portico.engines.green.outbox import OUTBOX_SIZE, GreenWriter
+from portico.engines.green.sockets import GreenSocket
 from portico.handlers import _SocketWriter
 from tests.engines.green.conftest import Stage, make_hub
 from tests.support import PATIENCE, Call
@@ -1337,13 +1338,13 @@ class TestWriter:
 
         def write() -> None:
             writer = ours.make_writer()
-            for _ in range(3 * module.OUTBOX_SIZE // 1024):
+            for _ in range(3 * OUTBOX_SIZE // 1024):
                 writer.write(b"x" * 1024)
             writer.write(b"x" * (1 << 20))
             ours.close()
 
         stage.run(write)
-        assert reading.result() == 3 * module.OUTBOX_SIZE + (1 << 20)
+        assert reading.result() == 3 * OUTBOX_SIZE + (1 << 20)
 
     def test_a_failure_is_told_by_the_next_write_or_by_flush(self, stage: Stage) -> None:
         ours, peer = stage.pair()
@@ -1381,7 +1382,7 @@ class TestWriter:
         """What throws into it is a timeout of a whole block, which may go on to write."""
         ours, peer = stage.pair()
         count = fill(ours)
-        words = b"0123456789" * (module.OUTBOX_SIZE // 10 + 1 if how == "much" else 1000)
+        words = b"0123456789" * (OUTBOX_SIZE // 10 + 1 if how == "much" else 1000)
 
         def write() -> None:
             writer = ours.make_writer()

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from greenlet import getcurrent, greenlet
 
 from portico.acceptor import Acceptor, Pause, is_ready, is_shared, round_of
-from portico.engines.green.sockets import NOW
-from portico.engines.green.watch import Watch
+from portico.engines.green.watch import NOW, Watch
 from portico.gate import LEAD_PAUSE, Gate
 
 if TYPE_CHECKING:

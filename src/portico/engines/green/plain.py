@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from portico.connection import Connection
 from portico.engines import may_be_left_out
-from portico.engines.green.sockets import NOW, Lineage
+from portico.engines.green.sockets import Lineage
+from portico.engines.green.watch import NOW
 from portico.events import ConnectionAccepted, ConnectionClosed
 from portico.families import TCPServer, UDPServer
 from portico.handlers import BaseRequestHandler

@@ -3,7 +3,8 @@
 A `GreenSocket` is a `socket.socket`: same methods, same results, same errors.  Where a blocking
 socket would hold the thread, it holds its greenlet.  Outside of a hub it is a blocking socket.
 
-Owns the calls to the system and what is written but not sent yet; leaves waiting to its `Watch`.
+Owns the calls to the system; leaves waiting to its `Watch`, and what is written but not sent yet to
+its `Outbox`.
 
 How the calls stay cheap.  Every one asks for `MSG_DONTWAIT`, so the descriptor itself stays in
 blocking mode, and programs that it is handed to (``subprocess``, ``detach``) find it as they
@@ -34,10 +35,13 @@ from termios import FIONREAD
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
-from greenlet import GreenletExit, getcurrent
+from greenlet import getcurrent
 
-from portico.engines.green.hub import Hub, running
-from portico.engines.green.watch import CREDIT, Watch
+from portico.engines.green.files import GreenSocketIO
+from portico.engines.green.hub import running
+from portico.engines.green.outbox import GreenWriter, Outbox
+from portico.engines.green.sendfile import send_by_kernel, send_by_reading
+from portico.engines.green.watch import CREDIT, NOW, Watch
 from portico.handlers import _SocketWriter
 
 if TYPE_CHECKING:
@@ -49,19 +53,10 @@ Address: TypeAlias = Any
 Control: TypeAlias = tuple[int, int, bytes]
 """One ancillary message: level, type, data."""
 
-NOW: Final = int(socket.MSG_DONTWAIT) if sys.platform == "linux" else 0
-"""The flag that keeps a call from waiting; elsewhere the descriptor is made non-blocking.
-
-A plain number: combining flags of the enumeration costs more than the call.
-"""
-
 NO_WAIT: Final = int(
     getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_ERRQUEUE", 0) | socket.MSG_OOB
 )
 """Flags with which a call does not wait on a blocking socket either."""
-
-OUTBOX_SIZE: Final = 65536
-"""Bytes that are collected before they are sent: about what the system takes in one call."""
 
 WAIT_FOR_ALL: Final = int(socket.MSG_WAITALL)
 
@@ -70,12 +65,6 @@ READ_BUFFER: Final = 2048
 
 Ten thousand idle connections keep ten thousand buffers.  Large reads go past it.
 """
-
-SENDFILE_SIZE: Final = 1 << 20
-"""Bytes for one call of sendfile(2): it does not wait for the peer, but it may for the disk."""
-
-FILE_CHUNK: Final = 65536
-"""Bytes that are read at once from a file that sendfile(2) does not take."""
 
 UNIX_RETRY: Final = (0.001, 0.05)
 """Seconds between two attempts, first and last, where the system has no event to wait for.
@@ -414,9 +403,9 @@ class GreenSocket(socket.socket):
             raise ValueError(f"count must be a positive integer (got {count!r})")
         if self.outbox is not None:
             self.outbox.send()
-        sent = self._send_by_kernel(file, offset, count)
+        sent = send_by_kernel(self, file, offset, count)
         if sent is None:
-            sent = self._send_by_reading(file, offset, count)
+            sent = send_by_reading(self, file, offset, count)
         return sent
 
     def _write(self, write: Callable[..., int], *args: Any) -> int:
@@ -457,58 +446,6 @@ class GreenSocket(socket.socket):
                 except BlockingIOError:
                     if watch.timeout == 0:
                         raise
-
-    def _send_by_kernel(self, file: Any, offset: int, count: int | None) -> int | None:
-        """Send a file with sendfile(2); return how much, or ``None`` if it cannot be done."""
-        try:
-            source = file.fileno()
-            size = os.fstat(source).st_size
-        except (AttributeError, io.UnsupportedOperation, OSError):
-            return None
-        if not size or not hasattr(os, "sendfile"):
-            return None
-        watch, target, sent = self.watch, _fileno(self), 0
-        was_blocking = os.get_blocking(target)
-        os.set_blocking(target, False)  # sendfile(2) has no flag for it
-        try:
-            while count is None or sent < count:
-                part = SENDFILE_SIZE if count is None else min(SENDFILE_SIZE, count - sent)
-                try:
-                    done = os.sendfile(target, source, offset + sent, part)
-                except BlockingIOError:
-                    watch.wait_writable()  # the timeout is each wait's, as in the standard library
-                    continue
-                except OSError as error:
-                    if not sent and error.errno in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
-                        return None
-                    raise
-                if not done:
-                    break
-                sent += done
-                watch.give_way()  # a megabyte, and perhaps a disk: others first
-        finally:
-            if was_blocking and _fileno(self) == target:
-                os.set_blocking(target, True)
-            if sent and hasattr(file, "seek"):
-                file.seek(offset + sent)
-        return sent
-
-    def _send_by_reading(self, file: Any, offset: int, count: int | None) -> int:
-        """Send a file that the kernel does not read for us; return how much."""
-        if offset:
-            file.seek(offset)
-        sent = 0
-        try:
-            while count is None or sent < count:
-                data = file.read(FILE_CHUNK if count is None else min(FILE_CHUNK, count - sent))
-                if not data:
-                    break
-                self.sendall(data)
-                sent += len(data)
-        finally:
-            if sent and hasattr(file, "seek"):
-                file.seek(offset + sent)
-        return sent
 
     def _get_send_now(self) -> Callable[[bytes, int], int]:
         """Return what sends some bytes at once, or raises `BlockingIOError`."""
@@ -725,276 +662,6 @@ class DatagramListener(GreenSocket):
         except (BlockingIOError, TypeError, IndexError):  # to wait, or no address: as ever
             pass
         return super().sendto(data, address, *flagged)
-
-
-class GreenSocketIO(socket.SocketIO):
-    """The unbuffered file over a green socket; reads without a detour over `recv_into`."""
-
-    # What SocketIO keeps, by the names that it has used from the beginning.
-    _sock: GreenSocket | None
-    _reading: bool
-    _timeout_occurred: bool
-
-    # Written out for speed, hence long.
-    def readinto(self, b: WriteableBuffer) -> int | None:  # noqa: C901, PLR0912
-        sock = self._sock
-        if sock is None or self._timeout_occurred or not self._reading:
-            return super().readinto(b)
-        watch = sock.watch
-        try:
-            if watch.may_read:
-                watch.credit -= 1
-                if watch.credit <= 0:
-                    watch.give_way()
-                watch.may_read = False
-            elif watch.owner is not getcurrent():
-                watch.wait_readable()
-            else:  # the short way of wait_readable, written out for speed
-                hub = watch.hub
-                if hub.unsent:
-                    hub.send_unsent()
-                if not watch.may_read:
-                    watch.credit = CREDIT
-                    watch.reader = watch.owner
-                    try:
-                        hub.poller.pass_on(hub.switch)
-                    finally:
-                        watch.reader = None
-                        if watch.crowd is not None:
-                            watch.wake_crowd()
-            try:
-                count = _recv_into(sock, b, 0, NOW)
-            except BlockingIOError:
-                watch.may_read = False
-                if watch.timeout == 0:
-                    return None
-            except OSError:
-                watch.may_read = True
-                raise
-            else:
-                if count >= len(b) or watch.is_eager:  # type: ignore[arg-type]  # it has one
-                    watch.may_read = True
-                return count
-            return sock._read(_recv_into, b, 0, NOW, is_file=True)
-        except TimeoutError:
-            self._timeout_occurred = True
-            raise
-
-
-class Outbox:
-    """What was written to a connection but has not been sent: small writes leave together.
-
-    Belongs to the thread of the hub.  Its watchdog alone comes from another thread, with
-    `send_now`, so taking from it is under the hub's lock `sending`.
-    """
-
-    __slots__ = ("_error", "_hub", "_send_now", "_sock", "chunks", "is_listed", "size")
-
-    def __init__(self, sock: GreenSocket) -> None:
-        self._sock = sock
-        self._send_now = cast("Callable[[ReadableBuffer, int], int]", sock._get_send_now())
-        self._hub: Hub | None = None
-        self._error: OSError | None = None
-        self.chunks: list[bytes | memoryview] = []
-        """What has not left, first to last.  It stays here until the system has taken it: whoever
-        comes meanwhile, from this thread or the watchdog's, sees that there is something."""
-        self.size = 0
-        """Bytes in `chunks`, or more if the watchdog sent some."""
-        self.is_listed = False
-        """Whether the hub will send this before the greenlet waits."""
-
-    def open(self) -> bool:
-        """Prepare to collect, and have it sent; return whether chunks may be collected here.
-
-        Raises:
-            OSError: The bytes before could not be sent.
-        """
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        hub = self._hub
-        if hub is None or getcurrent().parent is not hub.greenlet:
-            hub = running()
-            if hub is None or hub.is_current() or (self.chunks and hub is not self._hub):
-                return False
-            self._hub = hub
-        if not self.is_listed:
-            self.is_listed = True
-            hub.unsent.append(self)
-        return True
-
-    def send(self) -> None:
-        """Send everything, waiting for the peer where need be.
-
-        Raises:
-            OSError: As `sendall`.
-        """
-        hub = self._hub
-        if self.chunks and hub is not None:
-            with hub.sending:
-                self.size = self._push()
-            if self.chunks:
-                self._push_rest(hub)
-
-    def flush(self) -> None:
-        """Send everything, and tell of an earlier failure.
-
-        Raises:
-            OSError: As `sendall`.
-        """
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        self.send()
-
-    def send_at_once(self) -> bool:
-        """Send what the system takes before a wait; return whether nothing is left.
-
-        An error is kept for the next write.
-        """
-        self.is_listed = False
-        hub = self._hub
-        if not self.chunks or hub is None:
-            return True
-        try:
-            with hub.sending:
-                self.size = left = self._push()
-        except OSError as error:
-            self._error = error
-            return True
-        return not left
-
-    def send_collected(self) -> None:
-        """Send everything, waiting for the peer; an error is kept for the next write."""
-        try:
-            self.send()
-        except OSError as error:
-            self._error = error
-
-    def list_again(self) -> None:
-        """Have what is left sent before the next wait, after one that was interrupted."""
-        if self.chunks and self._hub is not None and not self.is_listed:
-            self.is_listed = True
-            self._hub.unsent.append(self)
-
-    def send_now(self) -> None:
-        """Send what the system takes at once; from the watchdog's thread, under its lock."""
-        try:
-            self._push()
-        except OSError as error:
-            self._error = error
-
-    def _push(self) -> int:
-        """Send what the system takes, under the hub's lock; return how many bytes it left.
-
-        Raises:
-            OSError: As `send`; what was there is dropped.
-        """
-        chunks = self.chunks
-        # As many as there are now: the greenlet may be adding to them while the watchdog is here.
-        count = len(chunks)
-        if not count:  # the other one was faster
-            return 0
-        data = chunks[0] if count == 1 else b"".join(chunks[:count])
-        try:
-            sent = self._send_now(data, NOW)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            del chunks[:count]
-            raise
-        if sent == len(data):
-            del chunks[:count]
-            return 0
-        chunks[:count] = [memoryview(data)[sent:]]  # no copy: it may be large
-        return len(data) - sent
-
-    def _push_rest(self, hub: Hub) -> None:
-        """Send what the system did not take, waiting for the peer.
-
-        Raises:
-            OSError: As `send`; what was there is dropped.
-        """
-        self._unlist()  # the wait begins with what is listed, and this is waited for already
-        watch = self._sock.watch
-        deadline = watch.deadline()
-        try:
-            while True:
-                before = self.size
-                with hub.sending:
-                    self.size = self._push()
-                if not self.chunks:
-                    return
-                if self.size < before:  # TLS sends record by record: there may be room for more
-                    if getattr(self._sock, "_sslobj", None) is not None:
-                        deadline = watch.deadline()  # as in the standard library: for each record
-                    continue
-                if watch.timeout == 0:
-                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-                self._sock._wait_for_room(deadline)
-        except OSError:
-            self._drop()
-            raise
-        except GreenletExit:  # it may not wait any more, and nobody is to go on after a gap
-            self._drop()
-            self._error = OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
-            raise
-        except BaseException:
-            self.list_again()
-            raise
-
-    def _unlist(self) -> None:
-        """Take back what `open` told the hub."""
-        if self.is_listed and self._hub is not None:
-            self.is_listed = False
-            with suppress(ValueError):  # it was told to another hub
-                self._hub.unsent.remove(self)
-
-    def _drop(self) -> None:
-        """Forget what is left."""
-        if self._hub is not None:
-            with self._hub.sending:
-                self.chunks.clear()
-                self.size = 0
-
-
-class GreenWriter(_SocketWriter):
-    """A connection's `wfile`: collects what is written until its greenlet waits, or 64 KiB."""
-
-    def __init__(self, sock: GreenSocket) -> None:
-        super().__init__(sock)
-        if sock.outbox is None:
-            sock.outbox = Outbox(sock)
-        self._outbox = sock.outbox
-
-    def write(self, b: ReadableBuffer) -> int:
-        """Write all of `b`, a buffer of any kind, and return its size in bytes.
-
-        Raises:
-            OSError: The connection is broken; it may be for bytes of an earlier write.
-        """
-        # A copy, unless nobody can change it before it is sent.
-        data = b if type(b) is bytes else memoryview(b).tobytes()
-        outbox = self._outbox
-        # Listed or not: somebody may be waiting with what was written before, but not for us.
-        if not (outbox.chunks and outbox.is_listed) and not outbox.open():
-            self._sock.sendall(data)
-            return len(data)
-        outbox.chunks.append(data)
-        size = len(data)
-        outbox.size += size
-        if outbox.size >= OUTBOX_SIZE:
-            outbox.send()
-        return size
-
-    def flush(self) -> None:
-        """Send what was written.
-
-        Raises:
-            OSError: As `write`.
-        """
-        if not self.closed:
-            self._outbox.flush()
 
 
 class Lineage:
