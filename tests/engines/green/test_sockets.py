@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic
@@ -22,8 +23,8 @@ from typing import Any
 import pytest
 from greenlet import GreenletExit, getcurrent
 
+from portico.engines.green import outbox, watch
 from portico.engines.green import sockets as module
-from portico.engines.green import watch
 from portico.engines.green.hub import Hub
 from portico.engines.green.outbox import OUTBOX_SIZE, GreenWriter
 from portico.engines.green.sockets import GreenSocket
@@ -563,6 +564,7 @@ class TestWriting:
         self, stage: Stage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(watch, "SLICE", 0.0)
+        monkeypatch.setattr(module, "WRITING", 0.0)
         ours, peer = stage.pair()
         sent = 0
         turns: list[int] = []
@@ -581,6 +583,77 @@ class TestWriting:
         stage.run(send, count)
         assert take(peer, 200) == b"x" * 200
         assert max(b - a for a, b in pairwise(turns)) <= 2 * watch.CREDIT
+
+    def test_a_writer_may_hold_a_lock_of_threads(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another that wants it would hold the thread, if the writer gave way within its slice."""
+        monkeypatch.setattr(watch, "SLICE", 0.0)
+        monkeypatch.setattr(module, "WRITING", PATIENCE)
+        lock, pairs = threading.Lock(), [stage.pair(), stage.pair()]
+
+        def send(ours: GreenSocket) -> bool:
+            is_free = lock.acquire(blocking=False)
+            for _ in range(200):
+                ours.sendall(b"x")
+            lock.release()
+            return is_free
+
+        assert stage.run(*(partial(send, ours) for ours, _ in pairs)) == [True, True]
+        assert [take(peer, 200) for _, peer in pairs] == [b"x" * 200] * 2
+
+    def test_a_reader_gives_way_although_it_writes_between_its_reads(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What looks at the clock before a write leaves the look of a read to the read."""
+        monkeypatch.setattr(watch, "SLICE", 0.0)
+        monkeypatch.setattr(module, "WRITING", PATIENCE)
+        ours, peer = stage.pair()
+        peer.sendall(b"x" * 200)
+        echoed = 0
+        turns: list[int] = []
+
+        def echo() -> None:
+            nonlocal echoed
+            for _ in range(200):
+                ours.sendall(ours.recv(1))
+                echoed += 1
+
+        def count() -> None:
+            while echoed < 200:
+                turns.append(echoed)
+                stage.hub.give_way()
+
+        stage.run(echo, count)
+        assert take(peer, 200) == b"x" * 200
+        assert max(b - a for a, b in pairwise(turns)) <= 2 * watch.CREDIT
+
+    def test_a_writer_of_collected_bytes_gives_way(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(watch, "SLICE", 0.0)
+        monkeypatch.setattr(outbox, "WRITING", 0.0)
+        ours, peer = stage.pair()
+        reading = Call(drain, peer)
+        blocks, written = 64, 0
+        turns: list[int] = []
+
+        def write() -> None:
+            nonlocal written
+            with GreenWriter(ours) as writer:
+                for _ in range(blocks):
+                    writer.write(b"x" * OUTBOX_SIZE)
+                    written += 1
+            ours.close()
+
+        def count() -> None:
+            while written < blocks:
+                turns.append(written)
+                stage.hub.give_way()
+
+        stage.run(write, count)
+        assert reading.result() == blocks * OUTBOX_SIZE
+        assert max(b - a for a, b in pairwise(turns)) <= 2
 
 
 class TestSendfile:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, cast
 from greenlet import GreenletExit, getcurrent
 
 from portico.engines.green.hub import Hub, running
-from portico.engines.green.watch import NOW
+from portico.engines.green.watch import NOW, WRITING
 from portico.handlers import _SocketWriter
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ class GreenWriter(_SocketWriter):
         outbox.size += size
         if outbox.size >= OUTBOX_SIZE:
             outbox.send()
+            self._sock.watch.give_way(WRITING)
         return size
 
     def flush(self) -> None:

@@ -41,7 +41,7 @@ from portico.engines.green.files import GreenSocketIO
 from portico.engines.green.hub import running
 from portico.engines.green.outbox import GreenWriter, Outbox
 from portico.engines.green.sendfile import send_by_kernel, send_by_reading
-from portico.engines.green.watch import CREDIT, NOW, Watch
+from portico.engines.green.watch import CREDIT, NOW, WRITING, Watch
 from portico.handlers import _SocketWriter
 
 if TYPE_CHECKING:
@@ -362,7 +362,7 @@ class GreenSocket(socket.socket):
         watch = self.watch
         watch.credit -= 1
         if watch.credit <= 0:
-            watch.give_way()
+            watch.give_way(WRITING)
         try:
             sent = _send(self, data, flags | NOW if flags else NOW)
         except BlockingIOError:
@@ -415,7 +415,7 @@ class GreenSocket(socket.socket):
         watch = self.watch
         watch.credit -= 1
         if watch.credit <= 0:
-            watch.give_way()
+            watch.give_way(WRITING)
         deadline, pause = inf, UNIX_RETRY[0]
         while True:
             try:

@@ -18,6 +18,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from portico.engines.green.sockets import GreenSocket
+from portico.engines.green.watch import WRITING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,7 @@ class Session:
         outbox = self._sock.outbox
         if outbox is not None:
             outbox.send()
-        written: int = self._call(self._sslobj.write, data)
+        written: int = self._call(self._sslobj.write, data, more=WRITING)
         return written
 
     def write_now(self, data: bytes) -> int:
@@ -151,12 +152,12 @@ class Session:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sslobj, name)
 
-    def _call(self, operation: Callable[..., T], *args: Any) -> T:
+    def _call(self, operation: Callable[..., T], *args: Any, more: float = 0.0) -> T:
         """Repeat a call until OpenSSL has what it needs."""
         watch = self._sock.watch
         watch.credit -= 1
         if watch.credit <= 0:
-            watch.give_way()
+            watch.give_way(more)
         deadline = inf
         while True:
             try:

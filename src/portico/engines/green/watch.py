@@ -55,6 +55,14 @@ SLICE: Final = 0.001
 Giving way costs some microseconds, so the busy one loses less than a percent.
 """
 
+WRITING: Final = 0.05
+"""Seconds beyond its slice that a connection may go on writing.
+
+A write to a peer that reads does not wait on a blocking socket, so programs write to several
+clients while they hold a lock; the next handler that wants the lock would hold the whole thread.
+Half of the time after which a handler that holds its hub is reported, unless it is told otherwise.
+"""
+
 
 class Resumable(Protocol):
     """What a poller resumes: a greenlet, or what acts like one."""
@@ -193,17 +201,25 @@ class Watch:
             if self.crowd is not None:
                 self.wake_crowd()
 
-    def give_way(self) -> None:
-        """Let others go on first, if this socket's slice is over; after some operations."""
-        self.credit = CREDIT
+    def give_way(self, more: float = 0.0) -> None:
+        """Let others go on first, if this socket's slice is over; after some operations.
+
+        Args:
+            more: Seconds beyond the slice; `WRITING` before a write.
+        """
         hub = running()
         if hub is None:
+            self.credit = CREDIT
             return
         poller = hub.poller
         if poller.turn == self.turn:
-            if monotonic() < self.slice_end:
+            over = monotonic() - self.slice_end
+            if over < more:
+                # The next read looks again, although a write has looked just now.
+                self.credit = CREDIT if over < 0 else 0
                 return
             hub.give_way()
+        self.credit = CREDIT
         self.turn = poller.turn
         self.slice_end = monotonic() + SLICE
 
