@@ -268,7 +268,8 @@ def answered(context: ssl.SSLContext, *options: str, says: str = "") -> str:
             accepted, _ = listener.accept()
             accepted.settimeout(PATIENCE)
             with accepted, context.wrap_socket(accepted, server_side=True) as wrapped:
-                with suppress(ssl.SSLError):  # how openssl takes its leave is its affair
+                # How openssl takes its leave is its affair.
+                with suppress(ssl.SSLError, ConnectionError):
                     while wrapped.recv(64):
                         pass
 
