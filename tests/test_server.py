@@ -993,6 +993,7 @@ assert signal.set_wakeup_fd(-1) == -1
 """
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("number", "outcome"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "shut down")]
 )
@@ -1047,6 +1048,7 @@ theirs.close()
 """
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_loop_leaves_the_signals_of_an_event_loop_alone() -> None:
     """Then it comes round every `poll_interval`, so as not to miss one for long."""
     with running_program(BESIDE_AN_EVENT_LOOP) as program:
