@@ -188,11 +188,11 @@ def test_a_worker_that_does_not_come_to_serve_is_ended_and_says_where_it_was(
     tmp_path: Path,
 ) -> None:
     source = "import threading\nthreading.Event().wait()  # for nothing\n"
-    with supervised(tmp_path, source, workers=1, start_timeout=1.5) as program:
+    with supervised(tmp_path, source, workers=1, start_timeout=2.5) as program:
         assert program.wait_ended() == 2
         program.wait_silent()
         assert program.find("for nothing")
-        assert program.find("is killed: it does not serve after 1.5 s")
+        assert program.find("is killed: it does not serve after 2.5 s")
 
 
 def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> None:
