@@ -15,10 +15,15 @@ import portico
 if TYPE_CHECKING:
     from tests.tls import Authority
 
-# No deadline for an example: a busy machine is no failure.  In CI the examples are the same in
-# every run; elsewhere each run looks at new ones.
+# No deadline for an example, nor for the making of the first ones, for which tables of Unicode are
+# made in a fresh checkout: a busy machine is no failure.  In CI the examples are the same in every
+# run; elsewhere each run looks at new ones.
 hypothesis.settings.register_profile(
-    "portico", deadline=None, derandomize="CI" in os.environ, print_blob=True
+    "portico",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+    print_blob=True,
 )
 hypothesis.settings.load_profile("portico")
 

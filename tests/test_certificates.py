@@ -260,7 +260,7 @@ def test_a_name_may_have_its_key_in_the_file_of_the_certificate(
 
 
 def answered(context: ssl.SSLContext, *options: str, says: str = "") -> str:
-    """Return what `openssl s_client` tells of a connection."""
+    """Return what `openssl s_client` tells of a connection; with nothing to say, it leaves."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
 
@@ -268,22 +268,35 @@ def answered(context: ssl.SSLContext, *options: str, says: str = "") -> str:
             accepted, _ = listener.accept()
             accepted.settimeout(PATIENCE)
             with accepted, context.wrap_socket(accepted, server_side=True) as wrapped:
-                with suppress(ssl.SSLError):  # how openssl takes its leave is its affair
+                # How openssl takes its leave is its affair.
+                with suppress(ssl.SSLError, ConnectionError):
                     while wrapped.recv(64):
                         pass
 
         serving = Call(serve)
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        told = subprocess.run(
+        with subprocess.Popen(
             ["openssl", "s_client", "-connect", address, *options],
-            input=says,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        ) as client:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            stuck = threading.Timer(PATIENCE, client.kill)
+            stuck.start()
+            try:
+                if says:  # at the end of its input it would leave before it is answered
+                    client.stdin.write(says)
+                    client.stdin.flush()
+                else:
+                    client.stdin.close()
+                told = client.stdout.read()
+            finally:
+                stuck.cancel()
         serving.result()
-    return told.stdout + told.stderr
+    return told
 
 
 def test_openssl_is_served_by_name_protocol_and_certificate(

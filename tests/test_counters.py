@@ -193,6 +193,13 @@ def test_totals_are_the_sum_of_all_that_was_ever_counted_and_never_go_down(
         made.close()
 
 
+@pytest.fixture
+def patient_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have who reads wait for one that moves totals and is held up in the middle of it."""
+    monkeypatch.setattr(module, "READ_PATIENCE", PATIENCE)
+
+
+@pytest.mark.usefixtures("patient_readers")
 @pytest.mark.parametrize("workers", [4])
 def test_totals_that_are_read_meanwhile_never_go_down(counters: Counters, workers: int) -> None:
     """Workers count, are killed in the middle of it, and are replaced; a reader looks all along."""
@@ -232,6 +239,7 @@ def test_totals_that_are_read_meanwhile_never_go_down(counters: Counters, worker
     assert counters.totals().sum.lost <= 6 * workers  # each was in the middle of one
 
 
+@pytest.mark.usefixtures("patient_readers")
 def test_a_reader_waits_while_numbers_are_moved(
     counters: Counters, monkeypatch: pytest.MonkeyPatch
 ) -> None:

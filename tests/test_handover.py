@@ -26,7 +26,7 @@ from portico.listener import open_listener
 from portico.listeners import Listeners
 from portico.settings import Settings
 from portico.socketfile import SocketFile
-from tests.support import eventually, in_child, nothing_left_behind
+from tests.support import PATIENCE, eventually, in_child, nothing_left_behind
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +143,9 @@ def an_heir(*, is_silent: bool, timeout: float | None = None) -> Iterator[Heir]:
 
 
 def test_an_heir_that_takes_too_long_is_killed() -> None:
-    with an_heir(is_silent=False, timeout=0.05) as heir:
+    with an_heir(is_silent=False, timeout=PATIENCE) as heir:
         assert not heir.attend()
+        heir.deadline = time.monotonic() + 0.05
         assert not heir.wait()
         assert heir.end == "was killed by SIGKILL (it did not serve in time)"
 

@@ -21,6 +21,7 @@ from portico.errors import ListenerError, PorticoError
 from portico.holders import Holder
 from portico.place import Place
 from portico.socketfile import SocketFile
+from tests.support import PATIENCE
 
 STREAM, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
@@ -231,8 +232,12 @@ def test_a_stream_socket_listens_from_the_moment_that_its_file_is_there(path: Pa
             bound(place(f"unix:{path}"))
 
 
-def test_of_several_that_find_a_dead_server_one_takes_its_place(path: Path) -> None:
+def test_of_several_that_find_a_dead_server_one_takes_its_place(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the others are told; none takes the place of another that is alive."""
+    # Whoever is held up with the lock is waited for.
+    monkeypatch.setattr(exclusion, "LOCK_PATIENCE", PATIENCE)
     contenders, rounds = 4, 25
     start = threading.Barrier(contenders)
     where = place(f"unix:{path}")
@@ -255,7 +260,7 @@ def test_of_several_that_find_a_dead_server_one_takes_its_place(path: Path) -> N
                 assert len(winners) == 1
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(str(path))
-                    winners[0].settimeout(10)
+                    winners[0].settimeout(PATIENCE)
                     winners[0].accept()[0].close()
             finally:
                 for made in winners:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import select
 import signal
 import socket
 import threading
@@ -317,6 +318,8 @@ def test_handle_request_waits_as_long_as_the_smaller_limit_says(
 
 def test_a_request_that_is_there_is_handled_though_there_is_no_time() -> None:
     with Noting(do_nothing) as server, connect(server):
+        # The client knows of the connection a moment before the listener does.
+        assert select.select([server], [], [], PATIENCE)[0]
         server.timeout = 0
         server.called.clear()
         server.handle_request()
@@ -990,6 +993,7 @@ assert signal.set_wakeup_fd(-1) == -1
 """
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("number", "outcome"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "shut down")]
 )
@@ -1044,6 +1048,7 @@ theirs.close()
 """
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_loop_leaves_the_signals_of_an_event_loop_alone() -> None:
     """Then it comes round every `poll_interval`, so as not to miss one for long."""
     with running_program(BESIDE_AN_EVENT_LOOP) as program:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import threading
@@ -153,12 +154,12 @@ def test_a_worker_that_gets_sigterm_from_outside_is_replaced_at_once_and_drains(
     tmp_path: Path,
 ) -> None:
     """Nor is it taken for stuck, and killed, because its loop goes round no more."""
-    with supervised(tmp_path, workers=1, worker_timeout=2.2) as program:
+    with supervised(tmp_path, workers=1, worker_timeout=4) as program:
         program.wait_ready(1)
         with program.connect() as client:
             client.sendall(b"who\n")
             worker = int(client.recv(64))
-            client.sendall(b"half ")
+            begin_request(client)
             os.kill(worker, signal.SIGTERM)
             program.wait_ready(2)  # which does not wait for the end of the first
             assert int(program.ask(b"who\n")) != worker
@@ -187,11 +188,11 @@ def test_a_worker_that_does_not_come_to_serve_is_ended_and_says_where_it_was(
     tmp_path: Path,
 ) -> None:
     source = "import threading\nthreading.Event().wait()  # for nothing\n"
-    with supervised(tmp_path, source, workers=1, start_timeout=1.5) as program:
+    with supervised(tmp_path, source, workers=1, start_timeout=2.5) as program:
         assert program.wait_ended() == 2
         program.wait_silent()
         assert program.find("for nothing")
-        assert program.find("is killed: it does not serve after 1.5 s")
+        assert program.find("is killed: it does not serve after 2.5 s")
 
 
 def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_a_worker_that_has_served_enough_is_replaced(tmp_path: Path) -> None:
     with supervised(tmp_path, workers=1, max_requests=3, max_requests_jitter=1) as program:
         program.wait_ready(1)
         for _ in range(4):
-            assert program.ask() == b"hello\n"
+            eventually(lambda: program.ask() == b"hello\n")
         program.wait_for(r"drains: it has served \d requests \(max_requests\)")
         program.wait_for("has ended")
         assert program.ask() == b"hello\n"
@@ -385,7 +386,7 @@ def test_a_reload_opens_addresses_that_came_and_closes_those_that_went(tmp_path:
                 client.connect(str(other))
                 client.sendall(b"hello\n")
                 assert client.recv(64) == b"hello\n"
-            assert program.ask() == b"hello\n"
+            eventually(lambda: program.ask() == b"hello\n")
             assert early.recv(64) == b"slow\n"
         program.wait_for(f"serves unix:{path} no more")
         assert not path.exists()
@@ -439,14 +440,23 @@ def test_those_who_wait_for_a_place_are_left_to_the_workers_that_stay(tmp_path: 
 
 
 def shown_certificate(program: Supervised, authority: Authority) -> bytes | None:
-    """Return the certificate that a client is shown, which it trusts and is answered with."""
+    """Return the certificate that a client is shown, which it trusts and is answered with.
+
+    ``None`` is for one that was not answered: a worker that drains ends it if it is held up.
+    """
     port = int(program.wait_for(r"ready on tls://127.0.0.1:(\d+)")[1])
     with Client(socket.AF_INET, socket.SOCK_STREAM) as client:
         client.connect(("127.0.0.1", port))
-        with authority.client().wrap_socket(client, server_hostname="localhost") as tls:
-            tls.sendall(b"hello\n")
-            assert tls.recv(64) == b"hello\n"
-            return tls.getpeercert(binary_form=True)
+        try:
+            with authority.client().wrap_socket(client, server_hostname="localhost") as tls:
+                tls.sendall(b"hello\n")
+                if tls.recv(64) == b"hello\n":
+                    return tls.getpeercert(binary_form=True)
+        except ssl.SSLCertVerificationError:
+            raise
+        except OSError:
+            pass
+    return None
 
 
 @pytest.mark.parametrize("engine", ["threads", "green"])
@@ -736,7 +746,8 @@ def test_the_pid_file_is_a_successors_whose_predecessor_was_killed_meanwhile(
         gate.touch()
         program.wait_ready(0, 2)
         eventually(lambda: int(pid_file.read_text()) == heir)
-        assert program.ask() == b"second hello\n"
+        # A worker of the predecessor may not have heard yet that it is alone.
+        eventually(lambda: program.ask() == b"second hello\n")
         program.pid = heir
         program.stop()
         assert not pid_file.exists()
@@ -763,9 +774,10 @@ def inheritable(process: int) -> list[str]:
     """Return what programs that a process starts would have open, beside the standard streams."""
     found: list[str] = []
     for each in Path(f"/proc/{process}/fdinfo").iterdir():
-        flags = int(each.read_text().split("flags:")[1].split()[0], 8)
-        if int(each.name) > 2 and not flags & os.O_CLOEXEC:
-            found.append(str(Path(f"/proc/{process}/fd", each.name).readlink()))
+        with suppress(FileNotFoundError):  # closed in the meantime
+            flags = int(each.read_text().split("flags:")[1].split()[0], 8)
+            if int(each.name) > 2 and not flags & os.O_CLOEXEC:
+                found.append(str(Path(f"/proc/{process}/fd", each.name).readlink()))
     return found
 
 
@@ -825,7 +837,7 @@ def test_a_successor_that_hangs_is_killed_and_another_one_can_be_tried(
     tmp_path: Path, workers: int | None
 ) -> None:
     """It waits for somebody who writes its settings."""
-    with supervised(tmp_path, workers=workers, start_timeout=1.2) as program:
+    with supervised(tmp_path, workers=workers, start_timeout=2.5) as program:
         program.wait_ready(workers or 0)
         settings = tmp_path / "settings.json"
         settings.unlink()
@@ -845,17 +857,21 @@ def test_a_successor_that_hangs_is_killed_and_another_one_can_be_tried(
 
 
 def test_a_stuck_worker_says_where_and_is_replaced_and_the_other_goes_on(tmp_path: Path) -> None:
-    with supervised(tmp_path, engine="green", worker_timeout=2.2) as program:
+    begun = tmp_path / "begun"
+    loop = f"open({str(begun)!r}, 'w').close()\n                while True:"
+    source = ECHO.replace("while True:", loop)
+    with supervised(tmp_path, source, engine="green", worker_timeout=4) as program:
         program.wait_ready(2)
         with program.connect() as client:
             client.sendall(b"who\n")
             stuck = int(client.recv(64))
             (other,) = {*program.workers()} - {stuck}
             client.sendall(b"loop\n")
+            eventually(begun.exists)  # until then it accepts, as the other does
             for _ in range(20):
                 assert int(program.ask(b"who\n")) == other
             program.wait_for("while True:|pass  # without end")
-            program.wait_for(rf"\(process {stuck}\) is killed: no sign of life for 2.2 s")
+            program.wait_for(rf"\(process {stuck}\) is killed: no sign of life for 4 s")
             assert goodbye(client) == b""
         program.wait_ready(3)
         assert other in program.workers()
@@ -894,11 +910,11 @@ def test_a_handler_that_waits_for_its_peer_is_not_stuck(tmp_path: Path) -> None:
             with pytest.raises(TimeoutError):
                 client.settimeout(4)
                 client.recv(64)
+            client.settimeout(PATIENCE)
             client.sendall(b"who\n")
             assert int(client.recv(64)) == worker
             client.sendall(b"give\n")  # and read none of it
             threading.Event().wait(4)
-            client.settimeout(PATIENCE)
             while not client.recv(1 << 20).endswith(b"\n"):
                 pass
             assert not program.find("is stuck")
@@ -1083,11 +1099,12 @@ def test_what_it_is_told_while_its_target_is_imported_is_done_when_it_serves(
         found = program.wait_for(expected)
         if found.groups():
             program.pid = int(found[1])
-        assert program.ask() == b"hello\n"
+        eventually(lambda: program.ask() == b"hello\n")
         program.stop()
         assert not pid_file.exists()
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("caught", ["", "BaseException"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_its_target_is_imported_ends_it_and_leaves_no_files(

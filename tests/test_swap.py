@@ -796,6 +796,7 @@ def test_a_stand_in_serves_in_front_of_a_server_from_before_the_swap() -> None:
 # ------------------------------------------------------------------------------- a real program
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_http_server_runs_as_a_program(engine: str, tmp_path: Path) -> None:
     (tmp_path / "page.txt").write_text("a page")

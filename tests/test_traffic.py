@@ -182,7 +182,7 @@ def test_the_instants_are_those_of_the_last_byte(tcp: Pair) -> None:
     assert seen.since_received is not None
     assert seen.since_sent is not None
     assert 0.0 <= seen.since_sent < seen.since_received
-    assert 0.05 <= seen.since_received <= elapsed + 0.01  # one tick of the kernel's clock
+    assert 0.05 <= seen.since_received <= elapsed + 0.05  # some ticks of the kernel's clock
     idle = idle_seconds(ours)
     assert idle is not None
     assert seen.since_sent <= idle <= seen.since_sent + (time.monotonic() - began)
@@ -384,20 +384,32 @@ def test_every_field_is_where_the_header_has_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", [look, idle_seconds, bytes_received])
-def test_ten_thousand_looks_cost_little(function: Callable[[socket.socket], Any]) -> None:
-    """Processor time, the best of several rounds: others on this machine do not count."""
+def test_a_look_costs_little(function: Callable[[socket.socket], Any]) -> None:
+    """As much as a few of the cheapest system calls that Python makes.
+
+    In processor time, beside such calls in the same round, and in the best of several rounds: how
+    fast the machine is, and what others do on it, does not count.
+    """
     ours, theirs = tcp_pair()
     with ours, theirs:
         theirs.sendall(b"question")
         ours.recv(8)
         ours.sendall(b"answer")
-        costs = []
-        for _ in range(7):
-            began = time.thread_time()
-            for _ in range(10_000):
-                function(ours)
-            costs.append(time.thread_time() - began)
-    assert min(costs) < (0.05 if sys.gettrace() is None else 0.5)  # coverage traces each line
+        ratios = [processor_time(function, ours) / processor_time(call, ours) for _ in range(7)]
+    assert min(ratios) < (15 if sys.gettrace() is None else 100)  # coverage traces each line
+
+
+def call(sock: socket.socket) -> None:
+    """Make a system call that does next to nothing."""
+    sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+
+
+def processor_time(function: Callable[[socket.socket], Any], sock: socket.socket) -> float:
+    """Return the seconds of some thousand calls."""
+    began = time.thread_time()
+    for _ in range(5_000):
+        function(sock)
+    return time.thread_time() - began
 
 
 # --- idle -------------------------------------------------------------------------------
@@ -482,7 +494,10 @@ def test_a_real_connection_is_idle_after_its_answer_and_not_before(tcp: Pair) ->
     eventually(lambda: (idle_seconds(ours) or 0.0) > STILLNESS)
     assert not is_idle(look(ours), True, age=60.0)
     ours.sendall(b"answer")
-    assert not is_idle(look(ours), True, age=60.0)
+    seen = look(ours)
+    assert seen.since_sent is not None
+    # It has been still for a moment already if this thread was held up just here.
+    assert is_idle(seen, True, age=60.0) is (seen.since_sent >= STILLNESS)
     eventually(lambda: is_idle(look(ours), True, age=60.0), "it is idle")
 
 
@@ -520,7 +535,8 @@ def test_a_listener_tells_how_many_connections_wait() -> None:
         assert traffic.connections_waiting(listener) == 0
         for _ in range(3):
             stack.enter_context(socket.create_connection(listener.getsockname()))
-        assert traffic.connections_waiting(listener) == 3
+        # A client knows of its connection a moment before the listener does.
+        eventually(lambda: traffic.connections_waiting(listener) == 3)
         listener.accept()[0].close()
         assert traffic.connections_waiting(listener) == 2
 

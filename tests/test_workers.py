@@ -21,7 +21,7 @@ from portico.listener import OpenListener, open_listener
 from portico.supervision import Generation, Stage, Worker
 from portico.worker import INTERRUPT_SIGNAL
 from portico.workers import SELF_DOUBT, Process, Reading, Workers
-from tests.support import eventually, nothing_left_behind
+from tests.support import PATIENCE, eventually, nothing_left_behind
 
 READING = Reading(1, Configuration(process=ProcessSettings(), services=()), (), ())
 
@@ -121,7 +121,7 @@ def test_silence_is_excused_only_after_a_time_without_us(workers: Workers) -> No
     made, theirs = process(workers, ended(0))
     long_ago = replace(made.state, beat=0.0)
     made.state = long_ago
-    workers.excuse(monotonic())
+    workers.excuse(monotonic() + PATIENCE)  # not even if this thread is held up meanwhile
     assert made.state == long_ago
     workers.excuse(monotonic() - 2 * SELF_DOUBT)
     assert made.state.beat > 0

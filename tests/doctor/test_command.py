@@ -80,7 +80,7 @@ def test_a_trial_names_the_line_that_blocks(tmp_path: Path) -> None:
     )
     status, text = run(
         *(f"{tmp_path}/slow.py:handle", "tcp://127.0.0.1:0", "--engine", "green"),
-        *("--max-connections", "10", "--trial", "1", "--say", r"hi\n"),
+        *("--max-connections", "10", "--trial", "2", "--say", r"hi\n"),
     )
     assert status == 0
     assert re.search(r"warn  trial: .*/slow.py:handle held its event loop .*/slow.py:4\n", text)
