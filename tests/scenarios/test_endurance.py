@@ -160,8 +160,9 @@ def test_an_idle_server_makes_no_system_call_for_ten_seconds() -> None:
             exchange(server, 20)
             server.ask_use()
         assert not rests(theirs, seconds=2)
-        # Once more, should a thread have been on its way to its wait when the first began.
-        assert rests(ours, seconds=10) or rests(ours, seconds=10)
+        # Again, should a thread have been on its way to its wait when the first began, or should
+        # somebody have stopped the whole process for a moment.
+        assert any(rests(ours, seconds=10) for _ in range(5))
         exchange(ours, 20)
 
 
