@@ -127,6 +127,16 @@ os.register_at_fork(
 )
 
 
+@contextmanager
+def not_forking() -> Iterator[None]:
+    """Have no thread of this process fork while a block runs.
+
+    For what must not be cut in two: a lock that is taken meanwhile stays taken in the child.
+    """
+    with _forking:
+        yield
+
+
 def connect(server: TCPServer) -> socket.socket:
     """Connect a client to `server`, whatever the kind of its socket."""
     client = Client(server.address_family, server.socket_type)

@@ -23,7 +23,7 @@ from portico.listener import open_listener
 from portico.service import Service
 from portico.settings import Settings
 from portico.tally import Tally
-from tests.support import PATIENCE, Call, eventually, nothing_left_behind
+from tests.support import PATIENCE, Call, eventually, nothing_left_behind, replace
 from tests.support import connect as connect_client
 from tests.tls import Authority
 
@@ -590,6 +590,24 @@ def test_a_second_signal_ends_the_drain_at_once(number: int) -> None:
             release.set()
         stopping.result()
     assert (done(tally), tally.drained) == ((first, 0, 0, 1), None)
+
+
+def test_children_are_ended_though_another_thread_collects_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread of a drain does, which a second signal does not wait for."""
+    made = serving(engine="forks")
+    (server,) = made.servers
+    children, told = {1 << 30, (1 << 30) + 1}, []
+
+    def kill(child: int, number: int) -> None:
+        told.append((child, number))
+        children.discard(child)  # it has ended, and is collected before the next one is told
+
+    replace(server, active_children=children, collect_children=lambda **_: None)
+    monkeypatch.setattr(os, "kill", kill)
+    made.close()
+    assert sorted(told) == [(1 << 30, signal.SIGTERM), ((1 << 30) + 1, signal.SIGTERM)]
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -15,14 +15,14 @@ import itertools
 import socket
 import ssl
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import trustme
 
-from tests.support import PATIENCE, Call
+from tests.support import PATIENCE, Call, not_forking
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,23 @@ class Authority:
         if alpn:
             context.set_alpn_protocols(list(alpn))
         return context
+
+
+def wrap(client: ssl.SSLContext, plain: socket.socket, **settings: Any) -> ssl.SSLSocket:
+    """Shake hands as a client of a server that may be in this process, and may fork.
+
+    It does not while the first words are found: OpenSSL may have a lock then, which a child would
+    find taken for ever.  From then on the client waits, outside of OpenSSL, until it is answered.
+    """
+    settings.setdefault("server_hostname", "localhost")
+    with not_forking():
+        wrapped = client.wrap_socket(plain, do_handshake_on_connect=False, **settings)
+        wrapped.setblocking(False)
+        with suppress(ssl.SSLWantReadError):
+            wrapped.do_handshake()
+    wrapped.settimeout(PATIENCE)
+    wrapped.do_handshake()
+    return wrapped
 
 
 @dataclass(frozen=True)

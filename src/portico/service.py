@@ -427,6 +427,7 @@ def _close(server: AdoptingMixIn) -> None:
     server.drain_timeout = None  # it was drained, or is to end at once
     server.server_close()
     if isinstance(server, ForkingMixIn):
-        for child in server.active_children or ():
+        # A copy: the thread of a drain that is given up may collect one at any moment.
+        for child in tuple(server.active_children or ()):
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)

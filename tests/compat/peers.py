@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds before a test gives up on something that takes milliseconds, even on a busy machine."""
 
 POLL_INTERVAL = 0.01

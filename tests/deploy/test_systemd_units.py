@@ -92,16 +92,21 @@ def test_the_signal_to_stop_does_not_go_to_children() -> None:
 def test_the_command_serves_on_the_sockets(tmp_path: Path) -> None:
     """Its own, on the socket unit's name, handed over by systemd's own launcher."""
     (tmp_path / "application.py").write_text(APPLICATION)
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        port = made.getsockname()[1]
+    holder = socket.socket()  # of the port, until the launcher has it, too
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port = holder.getsockname()[1]
     name = setting("portico.socket", "FileDescriptorName")
     launched = [tool("systemd-socket-activate"), f"--fdname={name}", f"--listen=127.0.0.1:{port}"]
-    with subprocess.Popen(
-        [*launched, sys.executable, "-m", "portico", *command()[1:]],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        holder,
+        subprocess.Popen(
+            [*launched, sys.executable, "-m", "portico", *command()[1:]],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
         try:
             assert process.stderr is not None
             assert process.stderr.readline().startswith("Listening on ")

@@ -19,8 +19,8 @@ SNIPPETS = ROOT / "docs" / "snippets"
 PORT = "9000"
 """The port that the documentation's programs name."""
 
-WAIT = 30.0
-"""Seconds after which a program that says nothing has failed; none needs a tenth of it."""
+WAIT = 60.0
+"""Seconds after which a program that says nothing has failed; none needs a twentieth of it."""
 
 Run = Callable[..., AbstractContextManager[Any]]
 

@@ -450,6 +450,23 @@ def test_closing_does_not_wait_when_asked_not_to() -> None:
         server.collect_children(blocking=True)
 
 
+def test_what_two_threads_close_at_once_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second signal does not wait for the thread of a drain, which may collect children."""
+    closed: list[int] = []
+    server = ForkingTCPServer(LOOPBACK, Echo)
+    with server:
+        server._exits = (1 << 20, (1 << 20) + 1)
+
+        def close(descriptor: int) -> None:
+            closed.append(descriptor)
+            server._close_exits()  # as the other thread does in between
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "close", close)
+            server._close_exits()
+    assert closed == [1 << 20, (1 << 20) + 1]
+
+
 # --- on systems with fewer means --------------------------------------------------------
 
 

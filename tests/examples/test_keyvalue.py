@@ -133,7 +133,23 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("commands", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_it_says_what_redis_says(keyvalue: Speaker, redis: Speaker, commands: bytes) -> None:
     """Byte for byte, and it closes the connection when Redis does."""
-    assert keyvalue.answer(commands) == redis.answer(commands)
+    compare(keyvalue, redis, commands)
+
+
+def compare(keyvalue: Speaker, redis: Speaker, commands: bytes) -> None:
+    """See that both say the same when there is nothing in them.
+
+    What is left of a time is less for one that had to wait between two commands, for a processor:
+    where that is asked for, one round of several is enough.
+    """
+    answers: list[Answer] = []
+    for _ in range(5 if b"TTL" in commands else 1):
+        keyvalue.empty()
+        redis.empty()
+        answers = [keyvalue.answer(commands), redis.answer(commands)]
+        if answers[0] == answers[1]:
+            break
+    assert answers[0] == answers[1]
 
 
 SINGLE_WORDS = sorted(name for name in example.COMMANDS if b" " not in name)
@@ -199,8 +215,7 @@ COMMANDS = st.one_of(
 def test_whatever_is_asked_it_says_what_redis_says(
     long_running: Speaker, long_running_redis: Speaker, commands: list[tuple[str, ...]]
 ) -> None:
-    conversation = b"FLUSHALL\r\n" + b"".join(array(*words) for words in commands)
-    assert long_running.answer(conversation) == long_running_redis.answer(conversation)
+    compare(long_running, long_running_redis, b"".join(array(*words) for words in commands))
 
 
 PATTERN_PARTS = [
@@ -320,13 +335,13 @@ def test_the_redis_package_uses_it(client: Any) -> None:
     assert client.get("a") == b"\x00\xff\r\n$5\r\n"
     assert client.set("a", "1", ex=100, nx=True) is None
     assert client.set("a", "1", px=100_000, xx=True)
-    assert client.ttl("a") == 100
+    assert 90 < client.ttl("a") <= 100
     assert (client.incr("a"), client.incr("a", 10), client.decr("a", 2)) == (2, 12, 10)
     assert client.mset({"b": "2", "c": "3"})
     assert client.mget("a", "none", "c") == [b"10", None, b"3"]
     assert sorted(client.keys("[bc]")) == [b"b", b"c"]
     assert client.expire("b", 50)
-    assert client.ttl("b") == 50
+    assert 40 < client.ttl("b") <= 50
     assert (client.exists("a", "b", "none"), client.delete("a", "none")) == (2, 1)
     assert client.config_get("save") == {"save": ""}
     assert client.info()["db0"] == {"keys": 2}

@@ -70,6 +70,15 @@ class ServerProcess:
         """Return how many descriptors are open."""
         return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
 
+    def connections(self) -> int:
+        """Return how many connections the server has not closed: a closed one has no inode."""
+        port = f":{self.address[1]:04X}"
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sum(
+            local.endswith(port) and state != "0A" and inode != "0"
+            for _, local, _, state, _, _, _, _, _, inode, *_ in lines
+        )
+
     def memory(self) -> int:
         """Return the process's own share of the memory that it uses, in bytes."""
         smaps = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text()
@@ -342,6 +351,7 @@ def test_a_minute_of_mixed_traffic_leaves_nothing_behind() -> None:
     with serving() as server:
         traffic = Traffic(server.address, seed=3)
         asyncio.run(traffic.run(0.5))  # whatever the server opens once, it has open now
+        eventually(lambda: server.connections() == 0, "it has closed the connections")
         before = server.descriptors()
         memory = []
         for _ in range(PARTS):

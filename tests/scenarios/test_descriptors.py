@@ -94,7 +94,8 @@ def test_a_server_without_descriptors_rests_and_goes_on_when_clients_leave(engin
                 client.close()
             for number in range(LIMIT, CLIENTS):
                 assert clients[number].recv(64) == b"%d\n" % number
-        assert len(server.seen("AcceptPaused")) == len(server.seen("AcceptResumed")) == 1
+        # Perhaps more than once: the first that leave are not enough for all who wait.
+        assert len(server.seen("AcceptPaused")) == len(server.seen("AcceptResumed")) >= 1
         assert_serves(server)
         assert server.end() == ""
 

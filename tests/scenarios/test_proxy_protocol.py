@@ -62,6 +62,10 @@ PROXY = "127.0.0.1"
 CLIENT = "127.0.0.5"
 """From where clients connect."""
 
+ROUNDS = 20
+"""Rounds at most of what is measured: a busy machine delays anybody, and the best of them counts.
+The first that is within the limit is enough."""
+
 
 class Tell(StreamRequestHandler):
     """Answer a line with what is known of who sent it."""
@@ -199,13 +203,15 @@ def test_the_client_that_speaks_tls_through_haproxy_is_known(
     engine: str, version: str, tmp_path: Path, authority: Authority
 ) -> None:
     """The header comes before the handshake, in the clear."""
+    from tests.tls import wrap
+
     pair, client = authority.issue(), authority.client()
     with (
         serving(engine, ssl_context=(pair.certificate, pair.key)) as server,
         haproxy(server, tmp_path, VERSIONS[version]) as front,
     ):
         for _ in range(20):
-            told = ask(client.wrap_socket(connect(front), server_hostname="localhost"), b"hello\n")
+            told = ask(wrap(client, connect(front)), b"hello\n")
             assert (told["client"], told["verified"]) == (CLIENT, CLIENT)
             assert told["version"] == int(version)
 
@@ -220,8 +226,9 @@ def test_a_check_of_haproxy_s_own_is_served_for_itself(
         with haproxy(server, tmp_path, options) as front:
             eventually(lambda: server.commands.count("local") >= 5, "it is checked")
             assert ask(connect(front), b"hello\n")["client"] == CLIENT
+            # Here: HAProxy may be killed in the middle of a check.
+            assert failed == []
         assert PROXY in server.verified
-    assert failed == []
     assert capfd.readouterr().err == ""
 
 
@@ -295,11 +302,11 @@ def test_a_proxy_that_falls_silent_is_closed(engine: str, said: bytes) -> None:
     """Whether it has said something or not; the others are served meanwhile."""
     limit, times = 0.4, list[float]()
     with recorded(DeadlineExpired) as expired, serving(engine, handshake_timeout=limit) as server:
-        for _ in range(5):
+        for _ in range(ROUNDS):
             began = time.perf_counter()
             with connect(server.server_address, PROXY) as client:
                 client.sendall(said)
-                assert client.recv(1) == b""
+                assert goodbye(client) == b""
             times.append(time.perf_counter() - began)
             if times[-1] < limit * 1.2:
                 break

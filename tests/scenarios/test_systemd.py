@@ -106,11 +106,32 @@ def activated(
             process.kill()
 
 
-def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
-    """A port that was free a moment ago: the launcher cannot let the system choose one."""
-    with socket.socket(socket.AF_INET, kind) as made:
+class Ports:
+    """Gives ports for the launcher, which cannot let the system choose one.
+
+    Each is held by a socket that only the launcher's may share an address with, because both say
+    so and this one never listens: nobody else is given the port in the meantime.
+    """
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    def free(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
+        made = self._held.enter_context(socket.socket(socket.AF_INET, kind))
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(("127.0.0.1", 0))
         return int(made.getsockname()[1])
+
+    def release(self) -> None:
+        """Leave all to the launcher: of two that hold a port, datagrams would go to either."""
+        self._held.close()
+
+
+@pytest.fixture
+def ports() -> Iterator[Ports]:
+    made = Ports()
+    yield made
+    made.release()
 
 
 def shout(client: socket.socket, word: bytes = b"word") -> None:
@@ -123,9 +144,11 @@ def shout(client: socket.socket, word: bytes = b"word") -> None:
 
 
 @pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks", "serial"])
-def test_streams_of_one_name_are_served_and_left_to_systemd(folder: Path, engine: str) -> None:
+def test_streams_of_one_name_are_served_and_left_to_systemd(
+    folder: Path, ports: Ports, engine: str
+) -> None:
     """A client that comes before the program is served by it, and one after it may wait."""
-    port, path = free_port(), folder / "a.sock"
+    port, path = ports.free(), folder / "a.sock"
     listeners = [f"127.0.0.1:{port}", str(path)]
     arguments = ["application.py:Shout", "systemd:web", "--engine", engine]
     with activated(folder, ["--fdname=web:web"], listeners, *arguments) as service:
@@ -144,11 +167,12 @@ def test_streams_of_one_name_are_served_and_left_to_systemd(folder: Path, engine
 
 
 @pytest.mark.parametrize("engine", ["threads", "green", "forks", "serial"])
-def test_datagrams_are_served_from_the_first_on(folder: Path, engine: str) -> None:
-    port = free_port(socket.SOCK_DGRAM)
+def test_datagrams_are_served_from_the_first_on(folder: Path, ports: Ports, engine: str) -> None:
+    port = ports.free(socket.SOCK_DGRAM)
     listeners = [f"127.0.0.1:{port}", f"[::1]:{port}"]
     arguments = ["application.py:Shout", "systemd:dns", "--engine", engine]
     with activated(folder, ["--datagram", "--fdname=dns:dns"], listeners, *arguments) as service:
+        ports.release()
         with socket.socket(type=socket.SOCK_DGRAM) as client:
             client.connect(("127.0.0.1", port))
             shout(client)
@@ -163,9 +187,11 @@ def test_datagrams_are_served_from_the_first_on(folder: Path, engine: str) -> No
         assert "3 requests served\n" in said
 
 
-def test_tls_is_spoken_over_a_passed_socket(folder: Path, authority: Authority) -> None:
+def test_tls_is_spoken_over_a_passed_socket(
+    folder: Path, ports: Ports, authority: Authority
+) -> None:
     pair = authority.issue("127.0.0.1")
-    port = free_port()
+    port = ports.free()
     arguments = ["application.py:Shout", "systemd+tls:web", "--cert", str(pair.certificate)]
     arguments += ["--key", str(pair.key)]
     with activated(folder, ["--fdname=web"], [f"127.0.0.1:{port}"], *arguments) as service:
@@ -178,8 +204,8 @@ def test_tls_is_spoken_over_a_passed_socket(folder: Path, authority: Authority) 
         assert service.stop()[0] == 0
 
 
-def test_a_passed_socket_has_a_number_as_well(folder: Path) -> None:
-    port = free_port()
+def test_a_passed_socket_has_a_number_as_well(folder: Path, ports: Ports) -> None:
+    port = ports.free()
     arguments = ["application.py:Shout", "fd://3"]
     with activated(folder, [], [f"127.0.0.1:{port}"], *arguments) as service:
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -187,8 +213,8 @@ def test_a_passed_socket_has_a_number_as_well(folder: Path) -> None:
         assert service.stop()[0] == 0
 
 
-def test_inetd_passes_one_as_standard_input(folder: Path) -> None:
-    port = free_port()
+def test_inetd_passes_one_as_standard_input(folder: Path, ports: Ports) -> None:
+    port = ports.free()
     arguments = ["application.py:Shout", "fd://0"]
     with activated(folder, ["--inetd"], [f"127.0.0.1:{port}"], *arguments) as service:
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -197,8 +223,8 @@ def test_inetd_passes_one_as_standard_input(folder: Path) -> None:
         assert service.process.wait(PATIENCE) == 0
 
 
-def test_a_name_that_was_not_passed_ends_with_those_that_were(folder: Path) -> None:
-    port = free_port()
+def test_a_name_that_was_not_passed_ends_with_those_that_were(folder: Path, ports: Ports) -> None:
+    port = ports.free()
     options = ["--fdname=web:admin"]
     listeners = [f"127.0.0.1:{port}", str(folder / "admin")]
     with activated(folder, options, listeners, "application.py:Shout", "systemd:wbe") as service:
@@ -209,8 +235,8 @@ def test_a_name_that_was_not_passed_ends_with_those_that_were(folder: Path) -> N
             assert service.process.wait(PATIENCE) == 2
 
 
-def test_what_a_handler_runs_has_nothing_of_systemd(folder: Path) -> None:
-    port = free_port()
+def test_what_a_handler_runs_has_nothing_of_systemd(folder: Path, ports: Ports) -> None:
+    port = ports.free()
     with activated(
         folder,
         ["--setenv=NOTIFY_SOCKET=@nobody listens", "--setenv=WATCHDOG_USEC=1000000"],
@@ -264,7 +290,7 @@ def test_a_service_tells_when_it_is_ready_alive_reloading_and_stopping(
             subprocess.Popen(
                 [*SERVE, "application.py:Shout", "tcp://127.0.0.1:0", "udp://127.0.0.1:0"],
                 cwd=folder,
-                env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000"},
+                env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"},
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -298,9 +324,11 @@ def end(pid_file: Path) -> None:
         os.kill(int(pid_file.read_text()), signal.SIGTERM)
 
 
-def test_workers_keep_the_passed_socket_through_a_reload_and_a_successor(folder: Path) -> None:
+def test_workers_keep_the_passed_socket_through_a_reload_and_a_successor(
+    folder: Path, ports: Ports
+) -> None:
     """And systemd is told of each step; the successor is the main process from then on."""
-    port = free_port()
+    port = ports.free()
     address = f"@portico workers {os.getpid()}"
     options = ["--fdname=web", f"--setenv=NOTIFY_SOCKET={address}"]
     with ExitStack() as closing:

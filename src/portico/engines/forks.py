@@ -151,9 +151,10 @@ class ForkingMixIn(Hooks):
             self._close_exits()
 
     def _close_exits(self) -> None:
-        for descriptor in self._exits:
+        # First, and then closed: the thread of a drain that is given up may do the same.
+        exits, self._exits = self._exits, ()
+        for descriptor in exits:
             os.close(descriptor)
-        self._exits = ()
 
     def _wait_below_limit(self) -> None:
         """Make room for one more child; only a server that cannot rest comes here without."""

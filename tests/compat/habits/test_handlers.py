@@ -646,7 +646,7 @@ def test_o_nonblock_set_behind_the_files_back() -> None:
             reported.append(sys.exc_info()[1])
 
     with Server(LOCALHOST, Handler) as server, serving(server), connect(server) as client:
-        client.settimeout(PATIENCE / 4)
+        client.settimeout(PATIENCE / 12)
         assert receive(client, 11) == b"nothing yet"
         client.sendall(b"hello")
         client.settimeout(PATIENCE)
