@@ -481,6 +481,28 @@ def test_the_descriptors_of_the_limit_are_closed_in_the_end() -> None:
         assert server._exits == ()
 
 
+def test_the_descriptors_of_the_limit_are_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the loop looks for children while another thread closes the server."""
+    closed: list[int] = []
+    close = os.close
+
+    def close_beside(descriptor: int) -> None:
+        closed.append(descriptor)
+        if len(closed) == 1:  # in the middle of it, the other thread comes
+            server._close_exits()
+        close(descriptor)
+
+    with nothing_left_behind(), with_settings(max_children=1) as server:
+        with connect(server) as client:
+            server.handle_request()
+            exits = list(server._exits)
+            with monkeypatch.context() as patches:
+                patches.setattr(os, "close", close_beside)
+                server._close_exits()
+            assert closed == exits
+            assert ask(client, b"hello\n") == b"hello\n"
+
+
 def test_a_server_made_before_a_fork_serves_after_it() -> None:
     """In the child, with children of its own."""
 

@@ -151,9 +151,10 @@ class ForkingMixIn(Hooks):
             self._close_exits()
 
     def _close_exits(self) -> None:
-        for descriptor in self._exits:
+        # Taken away in one step: the loop may be here while another thread closes the server, and
+        # a descriptor that is closed twice is somebody else's by then.
+        for descriptor in vars(self).pop("_exits", ()):
             os.close(descriptor)
-        self._exits = ()
 
     def _wait_below_limit(self) -> None:
         """Make room for one more child; only a server that cannot rest comes here without."""
