@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from portico import StreamRequestHandler, TCPServer
-from tests.support import PATIENCE, Call, RunningServer, connect, nothing_left_behind
+from portico.traffic import connections_waiting
+from tests.support import PATIENCE, Call, RunningServer, connect, eventually, nothing_left_behind
 
 LOOPBACK = ("127.0.0.1", 0)
 
@@ -26,6 +27,7 @@ def test_a_drain_gives_end_of_file_to_a_peer_whose_handler_holds_the_loop() -> N
         assert client.recv(64) == b"word\n"
         with connect(server) as waiting:
             waiting.sendall(b"other\n")
+            eventually(lambda: connections_waiting(server.socket), "it is in the backlog")
             report = Call(server.drain, PATIENCE).result()
             assert waiting.recv(64) == b"other\n"
             assert waiting.recv(64) == b""

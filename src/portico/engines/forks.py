@@ -151,9 +151,9 @@ class ForkingMixIn(Hooks):
             self._close_exits()
 
     def _close_exits(self) -> None:
-        # First, and then closed: the thread of a drain that is given up may do the same.
-        exits, self._exits = self._exits, ()
-        for descriptor in exits:
+        # Taken away in one step: the loop may be here while another thread closes the server, and
+        # a descriptor that is closed twice is somebody else's by then.
+        for descriptor in vars(self).pop("_exits", ()):
             os.close(descriptor)
 
     def _wait_below_limit(self) -> None:

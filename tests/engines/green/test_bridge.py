@@ -129,10 +129,17 @@ def test_what_was_spawned_runs_beside_the_handler(run: Run) -> None:
 
 def test_a_result_that_takes_too_long_is_a_timeout(run: Run) -> None:
     def handle(_: Any) -> bool:
-        spawned = spawn(sleep, 5 * SOON)
+        may_end: list[bool] = []
+
+        def beside() -> None:
+            while not may_end:
+                sleep(SOON)
+
+        spawned = spawn(beside)
         assert not spawned.join(SOON / 10)
         with pytest.raises(TimeoutError):
             spawned.result(SOON / 10)
+        may_end.append(True)
         spawned.result()
         return True
 
@@ -185,8 +192,8 @@ def test_an_error_of_the_block_is_passed_on(run: Run) -> None:
 
 
 def test_a_timeout_ends_a_computation_in_a_thread_with_its_block() -> None:
-    before = time.monotonic()
     with pytest.raises(TimeoutError), timeout(SOON):
+        before = time.monotonic()
         while time.monotonic() < before + 2 * SOON:
             sum(range(1000))
 

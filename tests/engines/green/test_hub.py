@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import selectors
 import signal
 import socket
 import threading
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -226,6 +228,8 @@ def test_a_base_exception_of_a_greenlet_leaves_the_loop_and_loses_no_event(stage
     stage.hub.run_forever()  # both wait now
     peer_of_first.send(b"1")
     peer_of_second.send(b"2")
+    for ours in (first, second):
+        assert select.select([ours], [], [], PATIENCE)[0]
     with pytest.raises(KeyboardInterrupt):
         stage.hub.run_forever()
     if not ended:
@@ -253,14 +257,16 @@ def test_a_greenlet_that_gave_way_and_is_interrupted_is_not_resumed_twice(stage:
             stage.hub.give_way()
         except TimeoutError:
             trace.append("interrupted")
+        before = monotonic()
         stage.hub.sleep(0.01)
-        trace.append("slept")
+        trace.append("slept" if monotonic() >= before + 0.009 else "woken")
 
     def act() -> None:
         stage.hub.sleep(0)
         waiting = stage.spawn(give)
         stage.hub.call_soon(waiting.throw, TimeoutError())
-        stage.hub.sleep(0.05)
+        while len(trace) < 2:
+            stage.hub.sleep(0.01)
 
     stage.run(act)
     assert trace == ["interrupted", "slept"]

@@ -344,7 +344,7 @@ def test_a_context_is_chosen_by_name(
 
 def test_an_interrupted_flush_of_a_writer_loses_nothing(ends: Ends) -> None:
     """It was in the midst of a record, perhaps; a timeout of a whole block ends so."""
-    words = bytes(range(256)) * (4 << 12)
+    words = bytes(range(256)) * (4 << 14)  # more than the system ever has room for
     may_read = threading.Event()
 
     def write(wrapped: Any) -> None:

@@ -52,17 +52,29 @@ def stalls() -> Iterator[queue.Queue[HandlerStalled]]:
     unsubscribe()
 
 
+def is_the_line(stall: HandlerStalled) -> bool:
+    """Say whether it tells of the line that holds the hub."""
+    path, _, number = stall.place.rpartition(":")
+    return (
+        path == __file__
+        and "this is the line" in Path(path).read_text().splitlines()[int(number) - 1]
+    )
+
+
+def wait_told(stalls: queue.Queue[HandlerStalled]) -> HandlerStalled:
+    """Wait until the line is told of; the system may have held the thread elsewhere before."""
+    while not is_the_line(stall := stalls.get(timeout=PATIENCE)):
+        pass
+    return stall
+
+
 def test_a_handler_that_holds_the_hub_is_named_by_its_line(
     stalls: queue.Queue[HandlerStalled],
 ) -> None:
     with serving(Server, Blocking) as server, connected(server) as client:
         assert ask(client, b"block\n") == b"block\n"
-        stall = stalls.get(timeout=PATIENCE)
+        stall = wait_told(stalls)
         server.release.set()
-        path, _, number = stall.place.rpartition(":")
-        assert path == __file__
-        lines = Path(path).read_text().splitlines()
-        assert "this is the line" in lines[int(number) - 1]
         assert stall.handler == "Blocking"
         assert stall.peer == client.getsockname()
         assert stall.duration >= SOON
@@ -72,7 +84,7 @@ def test_a_handler_that_holds_the_hub_is_named_by_its_line(
         # The answer is sent by the watchdog, after it had the occasion to tell again.
         assert ask(client, b"block\n") == b"block\n"
         server.release.set()
-    assert stalls.empty()  # once for each place and minute
+    assert not any(map(is_the_line, stalls.queue))  # once for each place and minute
 
 
 def test_what_it_has_written_is_sent_meanwhile() -> None:
@@ -172,13 +184,15 @@ def test_no_hub_is_started_once_the_server_accepts_no_more(
         tried.set()
         raise RuntimeError("no thread left")
 
-    with serving(Hubs, Blocking) as server, connected(server) as client:
+    with serving(Server, Blocking) as server, connected(server) as client:
         assert ask(client, b"x\n") == b"x\n"
         monkeypatch.setattr(server._get_green().crews, "start", start)
+        server.max_hubs = 4  # until now there was to be but one
         if not is_serving:
             server.shutdown()
         assert ask(client, b"block\n") == b"block\n"
-        stalls.get(timeout=PATIENCE)
+        wait_told(stalls)
+        tried.clear()  # by a look that began earlier, perhaps
         assert tried.wait(PATIENCE if is_serving else 10 * SOON) == is_serving
         server.release.set()
 
@@ -215,12 +229,14 @@ def test_an_idle_server_does_not_wake_for_it() -> None:
         watchdog = server._get_green().watchdog
         poller = server._get_green().crews.live()[0].hub.poller
         pause = threading.Event()
-        while poller.on_wake is None:
-            pause.wait(0.001)
-        turn = poller.turn
-        pause.wait(10 * SOON)
-        assert poller.turn == turn
-        assert poller.on_wake == watchdog._changed.set
+
+        def rests() -> bool:
+            turn = poller.turn
+            pause.wait(10 * SOON)
+            return bool(poller.turn == turn and poller.on_wake == watchdog._changed.set)
+
+        # Not at once: the hub may not have ended its turn, or the watchdog be about to look.
+        assert any(rests() for _ in range(20))
 
 
 def test_it_can_be_switched_off() -> None:
