@@ -217,8 +217,9 @@ class BaseServer(RequestPath):
                 )
                 if is_stopping():
                     break  # a connection that came with it stays in the backlog
-                if self._guard.lobby is not None and self.__pause is None:
-                    self.__look_into_lobby(self._guard.lobby)
+                lobby = self._guard.lobby
+                if lobby is not None:
+                    self.__look_into_lobby(lobby)
                 if ready:
                     if self.__pause is None:  # who was let in may have taken the last place
                         self._handle_request_noblock()
@@ -577,6 +578,9 @@ class BaseServer(RequestPath):
                 return True
             self._guard.shed()
         self.pause_accepting(until=(room,))
+        pause = self.__pause
+        if pause is not None:
+            pause.is_for_place = room in pause.descriptors
         return True
 
     def __release_room(self) -> None:
@@ -633,11 +637,17 @@ class BaseServer(RequestPath):
         )
 
     def __look_into_lobby(self, lobby: Lobby) -> None:
-        """Process the requests whose peers have begun to speak, and end those that are late."""
-        for guest in lobby.speaking():
-            self.__let_in(lobby, guest)
-            if self.__pause is not None or self.__shutdown_request:
-                return  # the others stay where they are, as in the backlog
+        """Process the requests whose peers have begun to speak, and end those that are late.
+
+        All who are here have a place, so while others wait for one, these go on: it may be theirs
+        that comes free.
+        """
+        pause = self.__pause
+        if pause is None or pause.is_for_place:
+            for guest in lobby.speaking():
+                self.__let_in(lobby, guest)
+                if self.__pause is not pause or self.__shutdown_request:
+                    break  # the others stay where they are, as in the backlog
         for guest in lobby.late(time()):
             if lobby.leave(guest):
                 silence = PreambleError("preamble", "the peer said nothing", is_late=True)
@@ -695,6 +705,8 @@ class BaseServer(RequestPath):
             while left and time() < drain.deadline:
                 if self.__pause is not None:
                     drain.look()  # who is idle makes room
+                    if lobby is not None:
+                        self.__look_into_lobby(lobby)  # who is in there has a place as well
                     self._wait_event(_NEVER, UNDER_WAY_INTERVAL)
                     self.__wait(acceptor, 0)
                 elif acceptor.wait(0):
