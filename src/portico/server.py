@@ -577,11 +577,19 @@ class BaseServer(RequestPath):
             if not is_ready(self):  # an engine asks ahead, and nobody is there
                 return True
             self._guard.shed()
-        self.pause_accepting(until=(room,))
+        self._await_place(room)
         pause = self.__pause
         if pause is not None:
             pause.is_for_place = room in pause.descriptors
         return True
+
+    def _await_place(self, room: int) -> None:
+        """Rest until there is a place; an engine may know what else tells of one.
+
+        Args:
+            room: A descriptor that is readable as soon as there is one.
+        """
+        self.pause_accepting(until=(room,))
 
     def __release_room(self) -> None:
         """Release the descriptor that tells of room, now that nobody accepts."""
