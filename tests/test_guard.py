@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -444,8 +444,8 @@ def test_one_that_has_moved_since_it_was_found_idle_is_spared() -> None:
         for client in clients:
             exchange(client)
         guard = server._guard
-        found = guard._find_idle(monotonic())
-        assert len(found) == 3
+        wait_until_idle(server, 16)
+        found = guard._by_idleness(monotonic())[-3:]
         threading.Event().wait(0.05)
         guard._idle = list(found)
         by_port = {client.getsockname()[1]: client for client in clients}
@@ -455,6 +455,123 @@ def test_one_that_has_moved_since_it_was_found_idle_is_spared() -> None:
         guard.shed()
         assert goodbye(next_one) == b""
         exchange(longest)
+
+
+class Worker(StreamRequestHandler):
+    """Answer lines; to ``work``, only when the test has released it; and stay, if one is to."""
+
+    def handle(self) -> None:
+        server: Any = self.server
+        for line in self.rfile:
+            if line == b"work\n":
+                self.wait()
+            self.wfile.write(line)
+        if server.staying:
+            server.staying.pop()
+            self.wait()
+
+    def wait(self) -> None:
+        server: Any = self.server
+        server.journal.note("waits")
+        while not server.release.is_set():
+            portico.sleep(0.01)
+
+
+@contextmanager
+def working(kind: Any, **attributes: Any) -> Iterator[RunningServer[Any]]:
+    """Run a server with two places, whose handlers can be held."""
+    attributes |= {"when_full": "shed", "release": threading.Event(), "daemon_threads": True}
+    attributes.setdefault("max_connections", 2)
+    attributes.setdefault("staying", [])
+    with Journal() as journal:
+        server = type("Server", (kind,), attributes | {"journal": journal})(LOOPBACK, Worker)
+        with RunningServer(server) as running:
+            try:
+                yield running
+            finally:
+                server.release.set()
+        eventually(lambda: not server._guard.open)
+
+
+def wait_until_idle(server: Any, connections: int) -> None:
+    """Wait until so many handlers wait for their peers."""
+    guard = server._guard
+    eventually(lambda: sum(map(guard._notices_end, guard.connections)) == connections)
+
+
+@pytest.mark.parametrize("kind", [*SHEDDING, ThreadPoolTCPServer])
+def test_one_whose_handler_is_at_work_is_spared_for_one_that_waits(kind: Any) -> None:
+    with (
+        working(kind) as running,
+        running.connect() as busy,
+        running.connect() as idle,
+    ):
+        busy.sendall(b"work\n")
+        running.server.journal.wait_for("waits")
+        threading.Event().wait(0.05)  # some ticks of the kernel's clock
+        exchange(idle)
+        wait_until_idle(running.server, 1)
+        with running.connect() as third:
+            exchange(third)
+            assert goodbye(idle) == b""
+            running.server.release.set()
+            assert busy.recv(100) == b"work\n"
+
+
+@pytest.mark.parametrize("kind", [*SHEDDING, ThreadPoolTCPServer])
+def test_of_those_that_are_at_work_one_at_a_time_is_ended(kind: Any) -> None:
+    with (
+        working(kind) as running,
+        running.connect() as first,
+        running.connect() as second,
+    ):
+        for number, client in enumerate((first, second), 1):
+            client.sendall(b"work\n")
+            running.server.journal.wait_for("waits", times=number)
+        guard = running.server._guard
+        for _ in range(3):
+            guard.shed()
+            assert [each.was_cut for each in guard.connections].count(True) == 1
+        with running.connect() as third:
+            third.sendall(b"hello\n")
+            eventually(partial(is_awaited, running.server))
+            assert [each.was_cut for each in guard.connections].count(True) == 1
+            running.server.release.set()
+            assert third.recv(100) == b"hello\n"
+        answers = {client.recv(100) for client in (first, second)}
+        assert answers == {b"", b"work\n"}
+
+
+@pytest.mark.parametrize("kind", [*SHEDDING, ThreadPoolTCPServer])
+def test_another_one_makes_room_if_the_first_does_not_come_to_its_end(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(portico.server, "SHED_AGAIN", 0.05)
+    with (
+        working(kind, staying=[True]) as running,
+        running.connect() as first,
+        running.connect() as second,
+    ):
+        for client in (first, second):
+            exchange(client)
+        wait_until_idle(running.server, 2)
+        with running.connect() as third:
+            third.sendall(b"hello\n")
+            running.server.journal.wait_for("waits")  # so the place is not free
+            assert third.recv(100) == b"hello\n"
+
+
+@pytest.mark.parametrize("kind", SHEDDING)
+def test_one_whose_peer_reads_nothing_ends_at_once(kind: Any) -> None:
+    def flood(request: Any, client_address: object, server: object) -> None:
+        with suppress(OSError):
+            while True:
+                request.sendall(bytes(65536))
+
+    server = type("Server", (kind,), {"daemon_threads": True})(LOOPBACK, flood)
+    with RunningServer(server) as running, running.connect() as client:
+        wait_until_idle(server, 1)
+        assert client.recv(1) == b"\0"
 
 
 def test_where_the_kernel_does_not_tell_the_oldest_makes_room(tmp_path: Path) -> None:

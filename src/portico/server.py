@@ -72,6 +72,13 @@ UNDER_WAY_INTERVAL: Final = 0.01
 """Seconds between two looks of a drain at what nobody tells it: that there is room for who waits in
 the backlog, or that a request without a connection of its own has been served."""
 
+SHED_AGAIN: Final = 1.0
+"""Seconds after which another connection is ended for a client if the first still has its place.
+
+Long beside what a handler needs that reads the end of its stream, on a machine that is short of
+time, too; and a client that finds no place at all tries again after a second (RFC 6298).
+"""
+
 _NEVER: Final = threading.Event()
 """What is waited for when only time is to pass."""
 
@@ -99,7 +106,8 @@ class BaseServer(RequestPath):
     """What to do with a client for whom there is no place.
 
     ``"wait"`` leaves it in the backlog until there is one, ``"refuse"`` closes it after a
-    `farewell`, ``"shed"`` closes the connection that has been idle for longest.
+    `farewell`, ``"shed"`` closes the connection that has been idle for longest, and one whose
+    handler is at work only if there is no other.
     """
 
     max_connections_per_peer: int | None = None
@@ -573,23 +581,26 @@ class BaseServer(RequestPath):
             return True
         if room is None:
             return False
+        seconds = None
         if self._guard.sheds:
             if not is_ready(self):  # an engine asks ahead, and nobody is there
                 return True
             self._guard.shed()
-        self._await_place(room)
+            seconds = SHED_AGAIN
+        self._await_place(room, seconds)
         pause = self.__pause
         if pause is not None:
             pause.is_for_place = room in pause.descriptors
         return True
 
-    def _await_place(self, room: int) -> None:
+    def _await_place(self, room: int, seconds: float | None) -> None:
         """Rest until there is a place; an engine may know what else tells of one.
 
         Args:
             room: A descriptor that is readable as soon as there is one.
+            seconds: After which to look again in any case; ``None`` for no limit.
         """
-        self.pause_accepting(until=(room,))
+        self.pause_accepting(seconds, until=(room,))
 
     def __release_room(self) -> None:
         """Release the descriptor that tells of room, now that nobody accepts."""

@@ -145,7 +145,7 @@ class ForkingMixIn(Hooks):
         else:
             pause_accepting(LOOK_INTERVAL)
 
-    def _await_place(self, room: int) -> None:
+    def _await_place(self, room: int, seconds: float | None) -> None:
         """Rest until there is a place: that of a child is free when it has been collected."""
         self.collect_children()
         children = self.active_children or ()
@@ -153,7 +153,8 @@ class ForkingMixIn(Hooks):
             return  # so we rest already
         self._close_exits()
         self._exits = _open_exits(children)
-        seconds = LOOK_INTERVAL if children and not self._exits else None
+        if children and not self._exits:
+            seconds = LOOK_INTERVAL
         self.pause_accepting(seconds, until=(room, *self._exits))
 
     def _leave_limit(self) -> None:
