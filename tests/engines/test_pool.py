@@ -879,6 +879,32 @@ def test_a_request_that_comes_while_the_server_is_closed_is_served() -> None:
                 assert received(client) == b"done"
 
 
+def test_a_request_that_comes_when_closing_has_just_woken_a_worker_is_served_once() -> None:
+    served = threading.Semaphore(0)
+
+    def handle(request: Any, client_address: object, server: object) -> None:
+        request.sendall(b"done")
+        served.release()
+
+    with nothing_left_behind(), ThreadPoolTCPServer(LOOPBACK, handle) as server:
+        with connect(server) as client:
+            server.process_request(*server.get_request())
+            assert received(client) == b"done"
+        pool = pool_of_any(server)
+        eventually(lambda: pool._idle)
+        (worker,) = pool._idle
+        asleep, worker.gate = worker.gate, threading.Lock()  # it will not see that it was woken
+        worker.gate.acquire()
+        pool.close()
+        with connect(server) as client:
+            server.process_request(*server.get_request())
+            asleep.release()
+            assert received(client) == b"done"
+    assert served.acquire(timeout=PATIENCE)
+    assert served.acquire(timeout=PATIENCE)
+    assert not served.acquire(blocking=False)
+
+
 def pool_of_any(server: ThreadPoolTCPServer) -> Pool:
     return server._pool or pool._pools.of(server)
 

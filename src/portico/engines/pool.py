@@ -226,7 +226,7 @@ class Pool:
             worker = self._idle[-1]
             worker.task = task
             self._idle.pop()
-            worker.gate.release()
+            worker.wake()  # unless `close` has done so, a moment ago
             return True
         if len(self._workers) < max(1, self._server.max_workers):
             try:
