@@ -574,6 +574,37 @@ def test_one_whose_peer_reads_nothing_ends_at_once(kind: Any) -> None:
         assert client.recv(1) == b"\0"
 
 
+@pytest.mark.parametrize("kind", SHEDDING)
+def test_who_is_refused_in_the_end_costs_no_more_than_one_connection(kind: Any) -> None:
+    """Who comes is known when it has been accepted; the place that was made stays free then."""
+    attributes = {"max_connections": 3, "when_full": "shed", "denied_networks": ["127.0.0.2"]}
+    server = type("Server", (kind,), attributes)(LOOPBACK, Echo)
+    with RunningServer(server) as running, ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(3)]
+        for client in clients:
+            exchange(client)
+        wait_until_idle(server, 3)
+        for _ in range(10):
+            with socket.create_connection(
+                server.server_address, PATIENCE, source_address=("127.0.0.2", 0)
+            ) as denied:
+                assert goodbye(denied) == b""
+        eventually(lambda: server._guard.open == 2)
+        answers = []
+        for client in clients:
+            with suppress(OSError):
+                client.sendall(b"hello\n")
+            answers.append(goodbye_or_line(client))
+        assert sorted(answers) == [b"", b"hello\n", b"hello\n"]
+
+
+def goodbye_or_line(client: socket.socket) -> bytes:
+    try:
+        return client.recv(100)
+    except ConnectionResetError:
+        return b""
+
+
 def test_where_the_kernel_does_not_tell_the_oldest_makes_room(tmp_path: Path) -> None:
     attributes = {"max_connections": 2, "when_full": "shed"}
     kind: Any = type("Server", (ThreadingUnixStreamServer,), attributes)
