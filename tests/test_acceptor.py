@@ -509,6 +509,20 @@ def test_a_rest_is_over_when_one_of_its_descriptors_is_readable(acceptor: Accept
         assert acceptor.rest(pause, None)
 
 
+def test_what_is_watched_beside_ends_the_wait_of_a_rest_for_a_place(acceptor: Acceptor) -> None:
+    """And neither the pause nor another kind of rest."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        acceptor.watch(ours)
+        theirs.send(b"x")
+        pause = Pause(time() + PATIENCE)
+        assert not acceptor.rest(pause, 0)
+        pause.is_for_place = True
+        assert not acceptor.rest(pause, None)
+        assert pause.remaining(time())
+    assert not acceptor.rest(pause, 0), "it is closed"
+
+
 def test_a_wake_leaves_a_rest_that_is_not_over(acceptor: Acceptor) -> None:
     acceptor.wake()
     assert not acceptor.rest(Pause(inf), None)

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -447,12 +447,12 @@ def test_one_that_has_moved_since_it_was_found_idle_is_spared(
         for client in clients:
             exchange(client)
             idle[client.getsockname()[1]] = 1.0 + len(idle)
+        wait_until_idle(server, 16)
         now = monotonic()
         monkeypatch.setattr("portico.guard.monotonic", lambda: now)
         monkeypatch.setattr("portico.guard.idle_seconds", lambda sock: idle[sock.getpeername()[1]])
         guard = server._guard
-        guard._idle = guard._find_idle(now)
-        assert len(guard._idle) == 3
+        guard._idle = guard._by_idleness(now)[-3:]
         longest, next_one = clients[-1], clients[-2]
         idle[longest.getsockname()[1]] = 0.5  # it has said something since then
         guard.shed()
@@ -470,7 +470,155 @@ def test_how_long_one_has_been_idle_is_asked_of_the_system() -> None:
         eventually(lambda: monotonic() > before + 0.2)
         exchange(client)
         # One that is held up in the middle of a look takes it for idle a little longer.
-        eventually(lambda: server._guard._find_idle(monotonic())[0][0] > before + 0.1)
+        eventually(lambda: server._guard._by_idleness(monotonic())[0][0] > before + 0.1)
+
+
+class Worker(StreamRequestHandler):
+    """Answer lines; to ``work``, only when the test has released it; and stay, if one is to."""
+
+    def handle(self) -> None:
+        server: Any = self.server
+        for line in self.rfile:
+            if line == b"work\n":
+                self.wait()
+            self.wfile.write(line)
+        if server.staying:
+            server.staying.pop()
+            self.wait()
+
+    def wait(self) -> None:
+        server: Any = self.server
+        server.journal.note("waits")
+        while not server.release.is_set():
+            portico.sleep(0.01)
+
+
+@contextmanager
+def working(kind: Any, **attributes: Any) -> Iterator[RunningServer[Any]]:
+    """Run a server with two places, whose handlers can be held."""
+    attributes |= {"when_full": "shed", "release": threading.Event(), "daemon_threads": True}
+    attributes.setdefault("max_connections", 2)
+    attributes.setdefault("staying", [])
+    with Journal() as journal:
+        server = type("Server", (kind,), attributes | {"journal": journal})(LOOPBACK, Worker)
+        with RunningServer(server) as running:
+            try:
+                yield running
+            finally:
+                server.release.set()
+        eventually(lambda: not server._guard.open)
+
+
+def wait_until_idle(server: Any, connections: int) -> None:
+    """Wait until so many handlers wait for their peers."""
+    guard = server._guard
+    eventually(lambda: sum(map(guard._notices_end, guard.connections)) == connections)
+
+
+@pytest.mark.parametrize("kind", [*SHEDDING, ThreadPoolTCPServer])
+def test_one_whose_handler_is_at_work_is_spared_for_one_that_waits(kind: Any) -> None:
+    with (
+        working(kind) as running,
+        running.connect() as busy,
+        running.connect() as idle,
+    ):
+        busy.sendall(b"work\n")
+        running.server.journal.wait_for("waits")
+        threading.Event().wait(0.05)  # some ticks of the kernel's clock
+        exchange(idle)
+        wait_until_idle(running.server, 1)
+        with running.connect() as third:
+            exchange(third)
+            assert goodbye(idle) == b""
+            running.server.release.set()
+            assert busy.recv(100) == b"work\n"
+
+
+@pytest.mark.parametrize("kind", [*SHEDDING, ThreadPoolTCPServer])
+def test_of_those_that_are_at_work_one_at_a_time_is_ended(kind: Any) -> None:
+    with (
+        working(kind) as running,
+        running.connect() as first,
+        running.connect() as second,
+    ):
+        for number, client in enumerate((first, second), 1):
+            client.sendall(b"work\n")
+            running.server.journal.wait_for("waits", times=number)
+        guard = running.server._guard
+        for _ in range(3):
+            guard.shed()
+            assert [each.was_cut for each in guard.connections].count(True) == 1
+        with running.connect() as third:
+            third.sendall(b"hello\n")
+            eventually(partial(is_awaited, running.server))
+            assert [each.was_cut for each in guard.connections].count(True) == 1
+            running.server.release.set()
+            assert third.recv(100) == b"hello\n"
+        answers = {client.recv(100) for client in (first, second)}
+        assert answers == {b"", b"work\n"}
+
+
+@pytest.mark.parametrize("kind", [*SHEDDING, ThreadPoolTCPServer])
+def test_another_one_makes_room_if_the_first_does_not_come_to_its_end(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(portico.server, "SHED_AGAIN", 0.05)
+    with (
+        working(kind, staying=[True]) as running,
+        running.connect() as first,
+        running.connect() as second,
+    ):
+        for client in (first, second):
+            exchange(client)
+        wait_until_idle(running.server, 2)
+        with running.connect() as third:
+            third.sendall(b"hello\n")
+            running.server.journal.wait_for("waits")  # so the place is not free
+            assert third.recv(100) == b"hello\n"
+
+
+@pytest.mark.parametrize("kind", SHEDDING)
+def test_one_whose_peer_reads_nothing_ends_at_once(kind: Any) -> None:
+    def flood(request: Any, client_address: object, server: object) -> None:
+        with suppress(OSError):
+            while True:
+                request.sendall(bytes(65536))
+
+    server = type("Server", (kind,), {"daemon_threads": True})(LOOPBACK, flood)
+    with RunningServer(server) as running, running.connect() as client:
+        wait_until_idle(server, 1)
+        assert client.recv(1) == b"\0"
+
+
+@pytest.mark.parametrize("kind", SHEDDING)
+def test_who_is_refused_in_the_end_costs_no_more_than_one_connection(kind: Any) -> None:
+    """Who comes is known when it has been accepted; the place that was made stays free then."""
+    attributes = {"max_connections": 3, "when_full": "shed", "denied_networks": ["127.0.0.2"]}
+    server = type("Server", (kind,), attributes)(LOOPBACK, Echo)
+    with RunningServer(server) as running, ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(3)]
+        for client in clients:
+            exchange(client)
+        wait_until_idle(server, 3)
+        for _ in range(10):
+            with socket.create_connection(
+                server.server_address, PATIENCE, source_address=("127.0.0.2", 0)
+            ) as denied:
+                assert goodbye(denied) == b""
+        eventually(lambda: server._guard.open == 2)
+        answers = []
+        for client in clients:
+            with suppress(OSError):
+                client.sendall(b"hello\n")
+            answers.append(goodbye_or_line(client))
+        assert sorted(answers) == [b"", b"hello\n", b"hello\n"]
+
+
+def goodbye_or_line(client: socket.socket) -> bytes:
+    try:
+        return client.recv(100)
+    except ConnectionResetError:
+        return b""
 
 
 def test_where_the_kernel_does_not_tell_the_oldest_makes_room(tmp_path: Path) -> None:

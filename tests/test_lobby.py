@@ -173,6 +173,17 @@ class Echo(StreamRequestHandler):
         self.wfile.write(self.rfile.readline())
 
 
+WITH_A_LOBBY: Any = [(), (ThreadPoolMixIn,), (ForkingMixIn,)]
+"""The engines on which a peer that has to speak first waits in the acceptor."""
+
+
+class Rounds:
+    """Has the serving loop come round every `poll_interval`."""
+
+    def service_actions(self) -> None:
+        super().service_actions()  # type: ignore[misc]  # of the server that it is mixed into
+
+
 def make(*mix_ins: type, **settings: Any) -> Any:
     """Make a server whose peers begin with a PROXY header."""
     settings.setdefault("proxy_protocol", ["127.0.0.0/8"])
@@ -214,7 +225,7 @@ def test_who_waits_while_nobody_serves_is_served_afterwards() -> None:
         again.result()
 
 
-@pytest.mark.parametrize("mix_ins", [(), (ThreadPoolMixIn,), (ForkingMixIn,)])
+@pytest.mark.parametrize("mix_ins", WITH_A_LOBBY)
 def test_a_drain_serves_who_has_spoken_and_ends_who_has_not(mix_ins: tuple[type, ...]) -> None:
     with RunningServer(make(*mix_ins)) as running, ExitStack() as stack:
         server = running.server
@@ -288,6 +299,101 @@ def test_a_full_pool_leaves_the_others_where_they_are() -> None:
             assert kept_by(server) == 2
             release.set()
             journal.wait_for("served", times=3)
+
+
+def wait_for_one_in_vain(server: Any) -> None:
+    """Wait until the loop waits for a place for a client in the backlog."""
+    gate = server._guard.gate
+    assert gate is not None
+    eventually(lambda: gate.is_awaited, "an acceptor waits for a place")
+
+
+@pytest.mark.parametrize("mix_ins", WITH_A_LOBBY)
+def test_who_has_a_place_is_let_in_while_others_wait_for_one(mix_ins: tuple[type, ...]) -> None:
+    """All places may be in the lobby: nobody else would give one back."""
+    server = make(*mix_ins, max_connections=2)
+    with RunningServer(server) as running, ExitStack() as stack:
+        guests = [stack.enter_context(running.connect()) for _ in range(2)]
+        eventually(lambda: kept_by(server) == 2)
+        other = stack.enter_context(running.connect())
+        wait_for_one_in_vain(server)
+        assert answer(guests[0]) == b"hello\n"
+        assert answer(other) == b"hello\n"
+        guests[1].close()
+        with running.connect() as last:
+            assert answer(last) == b"hello\n"
+
+
+@pytest.mark.parametrize("mix_ins", WITH_A_LOBBY)
+def test_who_is_silent_for_too_long_gives_up_the_place_that_another_waits_for(
+    mix_ins: tuple[type, ...],
+) -> None:
+    server = make(Rounds, *mix_ins, max_connections=1)
+    with (
+        recorded(DeadlineExpired) as expired,
+        RunningServer(server, 0.01) as running,
+        running.connect() as silent,
+        running.connect() as client,
+    ):
+        eventually(lambda: kept_by(server) == 1)
+        client.sendall(PROXY_LINE + b"hello\n")
+        wait_for_one_in_vain(server)
+        server._guard.lobby.timeout = 0.0
+        assert goodbye(client) == b"hello\n"
+        assert goodbye(silent) == b""
+    assert [event.deadline for event in expired] == [Deadline.HANDSHAKE]
+
+
+@pytest.mark.parametrize("mix_ins", WITH_A_LOBBY)
+def test_who_is_silent_makes_room_for_who_comes(mix_ins: tuple[type, ...]) -> None:
+    server = make(*mix_ins, max_connections=1, when_full="shed")
+    with RunningServer(server) as running, running.connect() as silent:
+        eventually(lambda: kept_by(server) == 1)
+        with running.connect() as client:
+            assert answer(client) == b"hello\n"
+            assert goodbye(silent) == b""
+
+
+@pytest.mark.parametrize("mix_ins", WITH_A_LOBBY)
+def test_a_drain_serves_who_waits_for_the_place_of_one_that_is_silent(
+    mix_ins: tuple[type, ...],
+) -> None:
+    server = make(*mix_ins, max_connections=1)
+    with RunningServer(server) as running, running.connect() as silent, running.connect() as talker:
+        eventually(lambda: kept_by(server) == 1)
+        wait_for_one_in_vain(server)
+        talker.sendall(PROXY_LINE + b"hello\n")
+        report = Call(server.drain).result()
+        assert goodbye(talker) == b"hello\n"
+        assert goodbye(silent) == b""
+    assert report is not None
+    assert report.connections == 2
+    assert report.forced == 0
+
+
+def test_who_is_late_is_ended_while_the_pool_is_full() -> None:
+    release = threading.Event()
+
+    def wait(request: Any, client_address: object, server: object) -> None:
+        release.wait()
+
+    server = make(Rounds, ThreadPoolMixIn, max_workers=1, max_queued=0)
+    server.RequestHandlerClass = wait
+    with (
+        recorded(DeadlineExpired) as expired,
+        RunningServer(server, 0.01) as running,
+        running.connect() as silent,
+        running.connect() as busy,
+    ):
+        try:
+            eventually(lambda: kept_by(server) == 2)
+            busy.sendall(PROXY_LINE)
+            eventually(lambda: kept_by(server) == 1)
+            server._guard.lobby.timeout = 0.0
+            assert goodbye(silent) == b""
+        finally:
+            release.set()
+    assert [event.deadline for event in expired] == [Deadline.HANDSHAKE]
 
 
 @pytest.mark.parametrize("mix_ins", [(), (ThreadPoolMixIn,), (GreenMixIn,)])

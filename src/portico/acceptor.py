@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from enum import Enum, auto
 from math import inf
 from time import monotonic as time
@@ -143,11 +144,13 @@ def is_listening(listener: Any) -> bool:
 class Pause:
     """A time without accepting: until an instant, or until a descriptor is readable."""
 
-    __slots__ = ("deadline", "descriptors")
+    __slots__ = ("deadline", "descriptors", "is_for_place")
 
     def __init__(self, deadline: float, descriptors: Collection[int] = ()) -> None:
         self.deadline = deadline
         self.descriptors = descriptors
+        self.is_for_place = False
+        """Whether it is for a place only: those who have one go on meanwhile."""
 
     def remaining(self, now: float) -> float:
         """Return the seconds from `now` to the deadline, 0 when it has passed."""
@@ -394,6 +397,8 @@ class Acceptor:
     def rest(self, pause: Pause, timeout: float | None) -> bool:
         """Wait without the listener, and say whether `pause` is over.
 
+        What is watched beside the listener ends the wait, but not the pause, of one for a place.
+
         Args:
             pause: What is waited for.
             timeout: Seconds after which to return in any case; ``None`` for no limit.
@@ -407,11 +412,14 @@ class Acceptor:
         with _ServerSelector() as selector:
             for descriptor in pause.descriptors:
                 selector.register(descriptor, selectors.EVENT_READ)
+            if pause.is_for_place and self._beside is not None:
+                with suppress(ValueError):  # closed in another thread, which wakes this one
+                    selector.register(self._beside, selectors.EVENT_READ)
             if self.wakeup is not None:
                 selector.register(self.wakeup, selectors.EVENT_READ)
             for key, _ in selector.select(None if patience == inf else patience):
                 if self.wakeup is not None and key.fileobj is self.wakeup:
                     self.wakeup.clear()
-                else:
+                elif key.fileobj is not self._beside:
                     over = True
         return over or not pause.remaining(time())

@@ -147,8 +147,8 @@ class Admission:
     def decide(self, client_address: Any, now: float) -> RefusalReason | None:
         """Admit and count a connection, or say why not.
 
-        What concerns the peer is asked first and whether there is room last: an owner who makes
-        room for one who may come in never does so for one who may not.
+        What concerns the peer is asked first and whether there is room last: who may not come in
+        is told so even if there is none.
 
         Args:
             client_address: What `accept` gave, of whatever family.

@@ -7,6 +7,7 @@ open connections that all of them work on.  Without such settings, that set is a
 from __future__ import annotations
 
 import os
+from itertools import islice
 from math import inf
 from threading import Lock
 from time import monotonic
@@ -19,7 +20,7 @@ from portico.drain import Drain
 from portico.errors import SettingError
 from portico.gate import Gate, WhenFull, read_when_full
 from portico.timekeeper import Timekeeper
-from portico.traffic import idle_seconds
+from portico.traffic import idle_seconds, look
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,9 @@ SHED_SHARE: Final = 8
 
 Looking at each for every client that comes would make a flood of clients expensive.
 """
+
+VAIN_LOOK: Final = 1.0
+"""Seconds after a look that found all at work until the next one: it has asked about each."""
 
 
 AT_THE_END: Final = (
@@ -128,8 +132,11 @@ class Guard:
         self._server = server
         self._process = os.getpid()
         self._settings: object = None
-        self._shedding = Lock()  # guards _idle
+        self._shedding = Lock()  # guards what follows
         self._idle: list[tuple[float, Connection]] = []  # the longest last
+        self._at_work: list[tuple[float, Connection]] = []  # if nobody else was found
+        self._stubborn: Connection | None = None  # one of these that was ended, and may go on
+        self._next_look = 0.0
 
     def read_settings(self) -> None:
         """Build what the settings ask for, if they have changed since the last time.
@@ -217,7 +224,8 @@ class Guard:
         self._shedding = Lock()
         self.connections = Connections(self._note_lost)
         self.gate = self.keeper = self.drain = self._settings = None
-        self.of_children, self.refusals, self._idle = {}, {}, []
+        self.of_children, self.refusals = {}, {}
+        self._idle, self._at_work, self._stubborn = [], [], None
 
     # --- coming in ----------------------------------------------------------------------
 
@@ -284,22 +292,52 @@ class Guard:
         return self.gate is not None and self.gate.when_full is WhenFull.SHED
 
     def shed(self) -> None:
-        """End the connection that has been idle for longest.
+        """End the connection that has been idle for longest, of those that end at once.
 
-        One look at all of them finds several; each is looked at again when its turn comes.
+        One look at all of them finds several; each is looked at again when its turn comes.  If the
+        handlers of all do something else than to wait for their peers, one of these is ended, and
+        no other before it has gone: nobody would have a place sooner.
         """
         with self._shedding:
-            for _ in range(2):
-                while self._idle:
-                    since, connection = self._idle.pop()
-                    idle = idle_seconds(connection.request)
-                    has_moved = idle is not None and monotonic() - idle > since + TICK
-                    if not has_moved and self.connections.interrupt(connection):
-                        return
-                self._idle = self._find_idle(monotonic())
+            if self._shed_idle():
+                return
+            now = monotonic()
+            if now >= self._next_look or not self._at_work:
+                idle_since = self._by_idleness(now)
+                share = 1 + len(idle_since) // SHED_SHARE
+                ends_at_once = (it for it in reversed(idle_since) if self._notices_end(it[1]))
+                self._idle = list(islice(ends_at_once, share))[::-1]
+                if self._shed_idle():
+                    return
+                self._at_work = idle_since[-share:]
+                self._next_look = now + VAIN_LOOK
+            self._shed_one_at_work()
 
-    def _find_idle(self, now: float) -> list[tuple[float, Connection]]:
-        """Return the connections that have been idle for longest, and since when; that one last.
+    def _shed_idle(self) -> bool:
+        """End one of those that are remembered as idle, if it still is; say whether one was."""
+        while self._idle:
+            since, connection = self._idle.pop()
+            idle = idle_seconds(connection.request)
+            has_moved = idle is not None and monotonic() - idle > since + TICK
+            if has_moved or not self._notices_end(connection):
+                continue
+            if self.connections.interrupt(connection):
+                return True
+        return False
+
+    def _shed_one_at_work(self) -> None:
+        """End one that may go on all the same, unless there is such a one already."""
+        last = self._stubborn
+        if last is not None and self.connections.get(last.request) is last:
+            return
+        self._stubborn = None
+        while self._at_work and self._stubborn is None:
+            _, connection = self._at_work.pop()
+            if not connection.was_cut and self.connections.interrupt(connection):
+                self._stubborn = connection
+
+    def _by_idleness(self, now: float) -> list[tuple[float, Connection]]:
+        """Return the connections and since when each is idle; the one that is for longest last.
 
         Where the kernel does not tell, the oldest connection counts as idle for longest.
         """
@@ -310,7 +348,18 @@ class Guard:
             for idle in (idle_seconds(connection.request),)
         ]
         idle_since.sort(key=lambda entry: -entry[0])
-        return idle_since[-(1 + len(idle_since) // SHED_SHARE) :]
+        return idle_since
+
+    def _notices_end(self, connection: Connection) -> bool:
+        """Say whether a connection is known to end at once when it is shut down.
+
+        So it does in the lobby, and under a handler that waits for bytes, or for room to write.
+        """
+        request = connection.request
+        if self.lobby is not None and request in self.lobby:
+            return True
+        waits_to_read = self._server._waits_to_read(connection)
+        return waits_to_read is True or (waits_to_read is False and bool(look(request).unsent))
 
     # --- leaving ------------------------------------------------------------------------
 

@@ -57,6 +57,9 @@ class Lobby:
     def __len__(self) -> int:
         return len(self._guests)
 
+    def __contains__(self, request: object) -> bool:
+        return request in self._guests
+
     def fileno(self) -> int:
         """Return a descriptor that is readable when a peer has begun to speak, or has gone."""
         selector: Any = self._selector

@@ -72,6 +72,13 @@ UNDER_WAY_INTERVAL: Final = 0.01
 """Seconds between two looks of a drain at what nobody tells it: that there is room for who waits in
 the backlog, or that a request without a connection of its own has been served."""
 
+SHED_AGAIN: Final = 1.0
+"""Seconds after which another connection is ended for a client if the first still has its place.
+
+Long beside what a handler needs that reads the end of its stream, on a machine that is short of
+time, too; and a client that finds no place at all tries again after a second (RFC 6298).
+"""
+
 _NEVER: Final = threading.Event()
 """What is waited for when only time is to pass."""
 
@@ -99,7 +106,8 @@ class BaseServer(RequestPath):
     """What to do with a client for whom there is no place.
 
     ``"wait"`` leaves it in the backlog until there is one, ``"refuse"`` closes it after a
-    `farewell`, ``"shed"`` closes the connection that has been idle for longest.
+    `farewell`, ``"shed"`` closes the connection that has been idle for longest, and one whose
+    handler is at work only if there is no other.
     """
 
     max_connections_per_peer: int | None = None
@@ -217,8 +225,9 @@ class BaseServer(RequestPath):
                 )
                 if is_stopping():
                     break  # a connection that came with it stays in the backlog
-                if self._guard.lobby is not None and self.__pause is None:
-                    self.__look_into_lobby(self._guard.lobby)
+                lobby = self._guard.lobby
+                if lobby is not None:
+                    self.__look_into_lobby(lobby)
                 if ready:
                     if self.__pause is None:  # who was let in may have taken the last place
                         self._handle_request_noblock()
@@ -572,12 +581,26 @@ class BaseServer(RequestPath):
             return True
         if room is None:
             return False
+        seconds = None
         if self._guard.sheds:
             if not is_ready(self):  # an engine asks ahead, and nobody is there
                 return True
             self._guard.shed()
-        self.pause_accepting(until=(room,))
+            seconds = SHED_AGAIN
+        self._await_place(room, seconds)
+        pause = self.__pause
+        if pause is not None:
+            pause.is_for_place = room in pause.descriptors
         return True
+
+    def _await_place(self, room: int, seconds: float | None) -> None:
+        """Rest until there is a place; an engine may know what else tells of one.
+
+        Args:
+            room: A descriptor that is readable as soon as there is one.
+            seconds: After which to look again in any case; ``None`` for no limit.
+        """
+        self.pause_accepting(seconds, until=(room,))
 
     def __release_room(self) -> None:
         """Release the descriptor that tells of room, now that nobody accepts."""
@@ -633,11 +656,17 @@ class BaseServer(RequestPath):
         )
 
     def __look_into_lobby(self, lobby: Lobby) -> None:
-        """Process the requests whose peers have begun to speak, and end those that are late."""
-        for guest in lobby.speaking():
-            self.__let_in(lobby, guest)
-            if self.__pause is not None or self.__shutdown_request:
-                return  # the others stay where they are, as in the backlog
+        """Process the requests whose peers have begun to speak, and end those that are late.
+
+        All who are here have a place, so while others wait for one, these go on: it may be theirs
+        that comes free.
+        """
+        pause = self.__pause
+        if pause is None or pause.is_for_place:
+            for guest in lobby.speaking():
+                self.__let_in(lobby, guest)
+                if self.__pause is not pause or self.__shutdown_request:
+                    break  # the others stay where they are, as in the backlog
         for guest in lobby.late(time()):
             if lobby.leave(guest):
                 silence = PreambleError("preamble", "the peer said nothing", is_late=True)
@@ -695,6 +724,8 @@ class BaseServer(RequestPath):
             while left and time() < drain.deadline:
                 if self.__pause is not None:
                     drain.look()  # who is idle makes room
+                    if lobby is not None:
+                        self.__look_into_lobby(lobby)  # who is in there has a place as well
                     self._wait_event(_NEVER, UNDER_WAY_INTERVAL)
                     self.__wait(acceptor, 0)
                 elif acceptor.wait(0):

@@ -327,11 +327,12 @@ def test_there_are_never_more_children_than_allowed(system: str, limit: int) -> 
     assert server.most == limit
 
 
-def test_room_for_one_child_is_noticed_without_polling() -> None:
+@pytest.mark.parametrize("limit", ["max_children", "max_connections"])
+def test_room_for_one_child_is_noticed_without_polling(system: str, limit: str) -> None:
     """The end of a child wakes the loop, however long the poll interval."""
     server = Limited()
-    server.max_children = 1
-    with RunningServer(server, 3600) as running, running.connect() as first:
+    setattr(server, limit, 1)
+    with nothing_left_behind(), RunningServer(server, 3600) as running, running.connect() as first:
         eventually(lambda: server.turns, "the first has a child")
         with running.connect() as second:
             second.sendall(b"second\n")
@@ -392,9 +393,10 @@ def test_a_limit_can_be_raised_while_children_wait() -> None:
             assert ask(first, b"first\n") == b"first\n"
 
 
-def test_single_requests_keep_to_the_limit(system: str) -> None:
+@pytest.mark.parametrize("limit", ["max_children", "max_connections"])
+def test_single_requests_keep_to_the_limit(system: str, limit: str) -> None:
     """`handle_request` waits for a child to end as it waits for a client."""
-    with nothing_left_behind(), with_settings(max_children=1) as server:
+    with nothing_left_behind(), with_settings(**{limit: 1}) as server:
         with connect(server) as first, connect(server) as second:
             server.handle_request()
             handling = Call(server.handle_request)
@@ -404,8 +406,9 @@ def test_single_requests_keep_to_the_limit(system: str) -> None:
             assert ask(second, b"second\n") == b"second\n"
 
 
-def test_a_single_request_at_the_limit_times_out() -> None:
-    with nothing_left_behind(), with_settings(max_children=1) as server:
+@pytest.mark.parametrize("limit", ["max_children", "max_connections"])
+def test_a_single_request_at_the_limit_times_out(limit: str) -> None:
+    with nothing_left_behind(), with_settings(**{limit: 1}) as server:
         with connect(server) as first, connect(server) as second:
             server.handle_request()
             server.timeout = 0.01

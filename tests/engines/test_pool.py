@@ -424,21 +424,39 @@ def test_datagrams_beyond_workers_and_queue_wait_in_the_kernel() -> None:
     assert len(gate.threads) == 5
 
 
-def test_without_a_descriptor_for_it_the_acceptor_waits_for_room(
+def no_pipe() -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_without_a_descriptor_for_it_the_acceptor_takes_one_now_and_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def no_pipe() -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
+    """Beyond what the queue holds, instead of waiting where no shutdown reaches it."""
     gate = Gate()
     with serving(gate, max_workers=1, max_queued=0) as running:
         with monkeypatch.context() as patches:
             patches.setattr(os, "pipe", no_pipe)
-            with running.connect() as one:
+            with running.connect() as one, running.connect() as other, running.connect() as third:
                 gate.wait_entered()
-                with running.connect() as other:
-                    gate.open()
-                    assert received(one) == received(other) == b"done"
+                wait_queued(running.server, 2)
+                running.shutdown()
+                gate.open()
+                assert received(one) == received(other) == received(third) == b"done"
+
+
+def test_a_pause_that_no_descriptor_ends_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one is ended by a descriptor, if there are some again."""
+    gate = Gate()
+    with serving(gate, max_workers=1, max_queued=0) as running, running.connect() as one:
+        with monkeypatch.context() as patches:
+            patches.setattr(os, "pipe", no_pipe)
+            gate.wait_entered()
+            eventually(lambda: pool_of(running.server)._is_blind)
+        with running.connect() as other, running.connect() as third:
+            wait_queued(running.server)
+            eventually(lambda: pool_of(running.server)._room is not None)
+            gate.open()
+            assert received(one) == received(other) == received(third) == b"done"
 
 
 def test_a_foreign_server_waits_for_room() -> None:
@@ -881,6 +899,32 @@ def test_a_request_that_comes_while_the_server_is_closed_is_served() -> None:
                 pool_of_any(server).close()
                 server.process_request(request, address)
                 assert received(client) == b"done"
+
+
+def test_a_request_that_comes_when_closing_has_just_woken_a_worker_is_served_once() -> None:
+    served = threading.Semaphore(0)
+
+    def handle(request: Any, client_address: object, server: object) -> None:
+        request.sendall(b"done")
+        served.release()
+
+    with nothing_left_behind(), ThreadPoolTCPServer(LOOPBACK, handle) as server:
+        with connect(server) as client:
+            server.process_request(*server.get_request())
+            assert received(client) == b"done"
+        pool = pool_of_any(server)
+        eventually(lambda: pool._idle)
+        (worker,) = pool._idle
+        asleep, worker.gate = worker.gate, threading.Lock()  # it will not see that it was woken
+        worker.gate.acquire()
+        pool.close()
+        with connect(server) as client:
+            server.process_request(*server.get_request())
+            asleep.release()
+            assert received(client) == b"done"
+    assert served.acquire(timeout=PATIENCE)
+    assert served.acquire(timeout=PATIENCE)
+    assert not served.acquire(blocking=False)
 
 
 def pool_of_any(server: ThreadPoolTCPServer) -> Pool:

@@ -18,7 +18,7 @@ Modules of this folder replace each other; none imports another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from portico.connection import ClientAddress, Request
@@ -60,6 +60,9 @@ if TYPE_CHECKING:
         def service_actions(self) -> None: ...  # noqa: D102
         def server_close(self) -> None: ...  # noqa: D102
         def close_request(self, request: Request) -> None: ...  # noqa: D102
+        def pause_accepting(  # noqa: D102
+            self, seconds: float | None = None, *, until: Collection[int] = ()
+        ) -> None: ...
         def resume_accepting(self) -> None: ...  # noqa: D102
 else:
     Hooks = object

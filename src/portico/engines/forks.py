@@ -43,7 +43,7 @@ class ForkingMixIn(Hooks):
     """Process ids of the children that have not been collected; ``None`` before the first."""
 
     _exits: tuple[int, ...] = ()
-    # A descriptor for each child, readable when it has ended; open while we are at the limit.
+    # A descriptor for each child, readable when it has ended; open while we wait for one to end.
 
     def collect_children(self, *, blocking: bool = False) -> None:
         """Collect the children that have ended.
@@ -144,6 +144,18 @@ class ForkingMixIn(Hooks):
             pause_accepting(until=self._exits)
         else:
             pause_accepting(LOOK_INTERVAL)
+
+    def _await_place(self, room: int, seconds: float | None) -> None:
+        """Rest until there is a place: that of a child is free when it has been collected."""
+        self.collect_children()
+        children = self.active_children or ()
+        if children and len(children) >= self.max_children:
+            return  # so we rest already
+        self._close_exits()
+        self._exits = _open_exits(children)
+        if children and not self._exits:
+            seconds = LOOK_INTERVAL
+        self.pause_accepting(seconds, until=(room, *self._exits))
 
     def _leave_limit(self) -> None:
         if self._exits:

@@ -19,6 +19,7 @@ from time import monotonic as time
 from typing import Any, Final, NamedTuple
 from weakref import WeakSet
 
+from portico.acceptor import FIRST_PAUSE
 from portico.connection import ClientAddress, Request
 from portico.engines import Hooks, serve
 from portico.errors import SettingError
@@ -164,6 +165,9 @@ class Pool:
         self._closers: set[_Worker] = set()  # whose handlers wait for the others
         self._is_full = False  # and somebody has to be told when there is room
         self._room: Room | None = None  # made when the pool is first full
+        self._is_blind = False  # the acceptor rests without a word when there is room
+        # It comes back while the pool is full, and must not wait then: it would hear of no
+        # shutdown.  So the queue takes one more.
         self._is_closed = False
         self._is_exiting = False
 
@@ -188,7 +192,7 @@ class Pool:
     def hand_over(self, task: _Task) -> bool:
         """Give a task to a worker or to the queue, and say whether there is no room left.
 
-        Waits until there is room.  Callable from any thread.
+        Waits until there is room, unless `pause_accepting` could not.  Callable from any thread.
 
         Raises:
             RuntimeError: No worker could be started, and there is none.
@@ -196,6 +200,9 @@ class Pool:
         with self._lock:
             while not self._give(task):
                 self._note_full()
+                if self._is_blind:
+                    self._queue.append(task)
+                    break
                 self._changed.wait()
             if self._idle or self._has_room():
                 return False
@@ -208,11 +215,13 @@ class Pool:
         if pause is None:
             return
         with self._lock:
+            self._is_blind = False
             if self._room is None and self._is_full and not self._is_closed:
                 try:
                     self._room = Room()
-                except OSError:  # out of descriptors: the next request waits in `hand_over`
-                    return
+                except OSError:  # out of descriptors
+                    self._is_blind = True
+                    pause(FIRST_PAUSE)
             if self._room is not None and self._is_full:
                 pause(until=(self._room.fileno(),))
 
@@ -226,7 +235,7 @@ class Pool:
             worker = self._idle[-1]
             worker.task = task
             self._idle.pop()
-            worker.gate.release()
+            worker.wake()  # unless `close` has done so, a moment ago
             return True
         if len(self._workers) < max(1, self._server.max_workers):
             try:
