@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +36,7 @@ from tests.support import (
     connect,
     eventually,
     goodbye,
+    in_child,
     recorded,
     reset,
 )
@@ -316,6 +317,30 @@ def test_a_datagram_whose_handler_goes_on_is_not_waited_for(kind: Any) -> None:
 
 
 # --- children ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["server_close", "drain"])
+def test_a_child_that_a_program_forks_leaves_the_connections_to_its_parent(
+    running: RunningServer[Any], name: str
+) -> None:
+    """Closing what was inherited is hygiene, and shuts nothing down that both have."""
+    server = running.server
+    server.drain_timeout = PATIENCE
+
+    def end_twice() -> None:
+        end: Callable[[], object] = getattr(server, name)
+        end()
+        end()
+        assert server.draining.is_set() is (name == "drain")
+        assert (server.socket.fileno() < 0) is (name == "server_close")
+
+    with say(running, b"idle") as client:
+        assert in_child(end_twice) == 0
+        client.sendall(b"again")
+        assert client.recv(100) == b"again"
+        assert not server.draining.is_set()
+        with say(running, b"later"):
+            assert running.is_serving()
 
 
 class Stubborn(BaseRequestHandler):

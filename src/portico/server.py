@@ -261,8 +261,8 @@ class BaseServer(RequestPath):
         Callable from any thread, and more than once: later calls join the first.  From a handler it
         waits for all connections but those of handlers that do the same.  In the thread that serves
         (a signal handler, a handler of the serial or the green engine) it returns at once, and
-        `serve_forever` drains before it returns.  In a forked child it only sets `draining`: the
-        rest is its parent's.
+        `serve_forever` drains before it returns.  In a child that was forked from the process that
+        serves it only sets `draining`: the rest is its parent's.
 
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
@@ -278,7 +278,7 @@ class BaseServer(RequestPath):
         """
         check_timeout("timeout", timeout)
         limit = self.drain_timeout if timeout is None else timeout
-        if self._guard.is_in_child:  # the parent accepts, and waits for this process
+        if self._guard.is_in_child or self._guard.is_inherited:  # it is the parent that accepts
             self.draining.set()
             return None
         with self.__lock:
@@ -338,7 +338,16 @@ class BaseServer(RequestPath):
 
         With a `drain_timeout`, it is drained first, and a handler that goes on all the same is not
         waited for; but not in the thread that serves.
+
+        In a child that was forked from the process that serves, only its copies are closed: the
+        connections are its parent's, and go on.
         """
+        if self._guard.is_inherited:
+            # Without the lock, which another thread of the parent may have held.
+            self.__phase = move(self.__phase, Phase.CLOSED)
+            self._close_listener()
+            self._guard.close()
+            return
         can_drain = self.__phase in _BEFORE_THE_END and not self.__serves_here
         if self.drain_timeout is not None and can_drain:
             self.drain()
@@ -713,9 +722,13 @@ class BaseServer(RequestPath):
 
     @property
     def _has_stragglers(self) -> bool:
-        """Whether a drain has given handlers up, for which an engine does not wait any more."""
+        """Whether there are handlers for which an engine does not wait.
+
+        A drain has given them up, or they are those of the process from which this one was forked.
+        """
         drain = self._guard.drain
-        return drain is not None and drain.stragglers + drain.unfinished > 0
+        has_given_up = drain is not None and drain.stragglers + drain.unfinished > 0
+        return has_given_up or self._guard.is_inherited
 
     @property
     def _replies_by_listener(self) -> bool:
