@@ -144,6 +144,21 @@ def test_later_calls_join_the_first(running: RunningServer[Any]) -> None:
     assert running.server.drain() is report
 
 
+def test_a_signal_handler_that_drains_as_a_drain_begins_does_not_wait_for_it(
+    running: RunningServer[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = running.server._guard
+    begin = guard.begin_drain
+
+    def begin_and_be_interrupted(*args: Any) -> Drain:
+        drain: Drain = begin(*args)
+        assert running.server.drain(0.0) is None
+        return drain
+
+    monkeypatch.setattr(guard, "begin_drain", begin_and_be_interrupted)
+    assert sums(Call(running.server.drain, PATIENCE).result()) == (0, 0, 0, 0)
+
+
 def test_closing_joins_a_drain_that_is_under_way(running: RunningServer[Any]) -> None:
     running.server.drain_timeout = PATIENCE
     with say(running, b"hold"):

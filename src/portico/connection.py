@@ -13,7 +13,7 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from threading import Lock
+from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from weakref import ref
@@ -150,7 +150,9 @@ class Connections:
         self.holds_weakly = True
         """Whether one that is added is forgotten when nobody has its socket any more."""
         self._on_lost = on_lost
-        self._interrupting = Lock()  # held while a socket is used from another thread
+        # Held while a socket is used from another thread.  Re-entrant for a signal handler that
+        # closes one in the middle of it: then no descriptor is used that is another's.
+        self._interrupting = RLock()
 
     def __len__(self) -> int:
         return len(self.by_request)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
-from threading import Event, Lock, Thread
+from threading import Event, RLock, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -62,7 +62,7 @@ class Drain:
         self._of_children = of_children
         self._waits_to_read = waits_to_read
         self._spared: set[Connection] = set() if spared is None else {spared}
-        self._lock = Lock()  # guards _tally, _spared
+        self._lock = RLock()  # guards _tally, _spared; re-entrant for signal handlers
         self._tally = DrainTally(now)
         self._lost: deque[tuple[Connection, float]] = deque()  # that have ended at this instant
         self._idle: set[Connection] = set()

@@ -217,8 +217,9 @@ class BaseServer(RequestPath):
                 )
                 if is_stopping():
                     break  # a connection that came with it stays in the backlog
-                if self._guard.lobby is not None and self.__pause is None:
-                    self.__look_into_lobby(self._guard.lobby)
+                lobby = self._guard.lobby
+                if lobby is not None and self.__pause is None:
+                    self.__look_into_lobby(lobby)
                 if ready:
                     if self.__pause is None:  # who was let in may have taken the last place
                         self._handle_request_noblock()
@@ -291,8 +292,10 @@ class BaseServer(RequestPath):
                 return None
             drain, is_first = self._guard.drain, self._guard.drain is None
             if drain is None:
+                self.__drainer = (
+                    here  # first: a signal handler that drains must not wait for itself
+                )
                 drain = self._guard.begin_drain(limit, self._request_here())
-                self.__drainer = here
                 if self.__phase is not Phase.CLOSED:  # since it was wished for
                     self.__phase = move(self.__phase, Phase.DRAINING)
         if is_first:

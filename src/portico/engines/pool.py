@@ -155,7 +155,9 @@ class Pool:
     def __init__(self, server: Any) -> None:
         """Make a pool without workers."""
         self._server = server
-        self._lock = threading.Lock()  # guards all that follows, and each worker's `task`
+        # Guards all that follows, and each worker's `task`.  Re-entrant, because a signal handler
+        # that closes the server can interrupt the acceptor while it holds it.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # there is room, or a worker left
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # the last one served last
@@ -226,7 +228,7 @@ class Pool:
             worker = self._idle[-1]
             worker.task = task
             self._idle.pop()
-            worker.gate.release()
+            worker.wake()  # if nobody has: a signal handler may have closed the pool just now
             return True
         if len(self._workers) < max(1, self._server.max_workers):
             try:
@@ -392,14 +394,16 @@ class Pool:
     def wait_ended(self) -> None:
         """Wait until every worker has ended, without limit.
 
-        In a handler, for the others, unless their handlers do the same.
+        In a handler, for the others, unless their handlers do the same.  In a signal handler not
+        for one that the thread below was about to start.
         """
         here = threading.current_thread()
         with self._lock:
             self._closers |= {worker for worker in self._workers if worker.thread is here}
             is_worker = any(worker.thread is here for worker in self._closers)
+            spared = self._closers if is_worker else frozenset[_Worker]()
             self._changed.notify_all()
-            while self._workers - self._closers if is_worker else self._workers:
+            while any(worker.thread.is_alive() for worker in self._workers - spared):
                 self._changed.wait()
             left = tuple(self._left)
         for thread in left:
@@ -416,7 +420,7 @@ class Pool:
 
     def abandon(self) -> None:
         """Forget, in a forked child, what belongs to the parent."""
-        self._lock = threading.Lock()  # somebody may have held it
+        self._lock = threading.RLock()  # somebody may have held it
         self._changed = threading.Condition(self._lock)
         self._workers.clear()
         self._idle.clear()
