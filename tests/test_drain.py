@@ -37,6 +37,7 @@ from tests.support import (
     eventually,
     goodbye,
     in_child,
+    nothing_left_behind,
     recorded,
     reset,
 )
@@ -246,6 +247,60 @@ def test_in_the_thread_that_serves_the_loop_drains_before_it_returns(kind: Any) 
         assert running.wait_ended() is None
         assert running.server.drain_report is not None
         assert running.server.phase is Phase.CLOSED
+
+
+@pytest.mark.parametrize("timeout", [PATIENCE, 0.0])
+def test_a_handler_that_holds_the_loop_is_drained_at_once(timeout: float) -> None:
+    """Also when it was a signal handler that asked, which interrupted it in a wait."""
+
+    class Waiting(BaseRequestHandler):
+        def handle(self) -> None:
+            assert self.server.drain(timeout) is None
+            assert self.server.drain(PATIENCE) is None  # the first one counts
+            assert self.server.phase is Phase.DRAINING
+            assert self.server.draining.wait(PATIENCE)
+            heard.append(self.request.recv(100))
+
+    heard: list[bytes] = []
+    with RunningServer(TCPServer(LOOPBACK, Waiting)) as running, running.connect() as silent:
+        assert running.wait_ended() is None
+        assert goodbye(silent) == b""
+        assert heard == [b""]
+        assert sums(running.server.drain_report)[:2] == (1, 0)  # idle, or forced
+
+
+def test_a_drain_that_another_thread_joins_before_the_loop_ends_is_one() -> None:
+    class Waiting(BaseRequestHandler):
+        def handle(self) -> None:
+            assert self.server.drain(PATIENCE) is None
+            begun.set()
+            assert go_on.wait(PATIENCE)
+
+    begun, go_on = threading.Event(), threading.Event()
+    with RunningServer(TCPServer(LOOPBACK, Waiting)) as running, running.connect():
+        assert begun.wait(PATIENCE)
+        joining = Call(running.server.drain, 0.0)
+        go_on.set()
+        report = joining.result()
+        assert running.wait_ended() is None
+        assert sums(report)[0] == 1
+        assert running.server.drain_report is report
+
+
+def test_a_drain_whose_loop_was_left_is_seen_to_its_end_by_who_closes() -> None:
+    class Leaving(BaseRequestHandler):
+        def handle(self) -> None:
+            assert self.server.drain() is None
+            raise SystemExit
+
+    server = TCPServer(LOOPBACK, Leaving)
+    server.drain_timeout = PATIENCE
+    with nothing_left_behind(), RunningServer(server) as running, running.connect() as client:
+        assert isinstance(running.wait_ended(), SystemExit)
+        assert goodbye(client) == b""
+        assert server.drain_report is None
+        Call(server.server_close).result()
+        assert sums(server.drain_report) == (1, 1, 0, 0)
 
 
 @pytest.mark.parametrize("kind", [TCPServer, ThreadingTCPServer, GreenTCPServer])

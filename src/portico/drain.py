@@ -68,6 +68,7 @@ class Drain:
         self._idle: set[Connection] = set()
         self._forced: set[Connection] = set()
         self._changed = Event()
+        self._watcher: tuple[Thread, Event] | None = None  # and what ends it
         self.is_over = Event()
         """Set when there is a report."""
 
@@ -131,26 +132,44 @@ class Drain:
             wait(self._changed, min(LOOK_INTERVAL, remaining))
 
     @contextmanager
-    def watched(self) -> Generator[None]:
-        """See to the connections from a thread of its own while the block runs.
-
-        On the serial engine a handler holds whoever runs it, the serving loop or the drain itself:
-        nobody else would give its idle peer end-of-file, or close it at the deadline.
-        """
-        is_done = Event()
-        watcher = Thread(target=self._watch, args=(is_done,), name="portico drain", daemon=True)
-        try:
-            watcher.start()
-        except RuntimeError:  # the system has no thread left; the others need none
-            yield
-            return
+    def watched(self, draining: Event) -> Generator[None]:
+        """Do as `watch` does while the block runs."""
+        self.watch(draining)
         try:
             yield
         finally:
+            self.end_watch()
+
+    def watch(self, draining: Event) -> None:
+        """See to the connections from a thread of its own, until `end_watch`.
+
+        On the serial engine a handler holds whoever runs it, the serving loop or the drain itself:
+        nobody else would give its idle peer end-of-file, or close it at the deadline.
+
+        Args:
+            draining: Set first of all, by that thread: a signal handler that begins a drain may
+                have interrupted one that waits for it, and holds its lock.
+        """
+        if self._watcher is not None:
+            return
+        is_done = Event()
+        watcher = Thread(
+            target=self._watch, args=(draining, is_done), name="portico drain", daemon=True
+        )
+        with suppress(RuntimeError):  # the system has no thread left; other engines need none
+            watcher.start()
+            self._watcher = watcher, is_done
+
+    def end_watch(self) -> None:
+        """End what `watch` began, if it did, and wait for that."""
+        watching, self._watcher = self._watcher, None
+        if watching is not None:
+            watcher, is_done = watching
             is_done.set()
             watcher.join()
 
-    def _watch(self, is_done: Event) -> None:
+    def _watch(self, draining: Event, is_done: Event) -> None:
+        draining.set()
         while not is_done.wait(LOOK_INTERVAL):
             self.look()
             if monotonic() >= self.deadline:

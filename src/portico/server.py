@@ -75,6 +75,9 @@ the backlog, or that a request without a connection of its own has been served."
 _NEVER: Final = threading.Event()
 """What is waited for when only time is to pass."""
 
+_NOBODY: Final = 0, 0
+"""Who drains while there is only the wish of a thread that serves."""
+
 _BEFORE_THE_END: Final = frozenset({Phase.SERVING, Phase.STOPPED, Phase.DRAINING})
 """The phases in which closing can begin with a drain, or wait for one."""
 
@@ -151,8 +154,8 @@ class BaseServer(RequestPath):
     __loops: tuple[tuple[int, int], ...] = ()  # the process and the thread of each
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
-    __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop begins
-    __drainer = 0, 0  # the process and the thread that drain
+    __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop ends
+    __drainer = _NOBODY  # the process and the thread that carry the drain out
     __phase = Phase.CREATED
     _exhaustion: Exhaustion | None = None
 
@@ -261,9 +264,9 @@ class BaseServer(RequestPath):
 
         Callable from any thread, and more than once: later calls join the first.  From a handler it
         waits for all connections but those of handlers that do the same.  In the thread that serves
-        (a signal handler, a handler of the serial or the green engine) it returns at once, and
-        `serve_forever` drains before it returns.  In a child that was forked from the process that
-        serves it only sets `draining`: the rest is its parent's.
+        (a signal handler, a handler of the serial or the green engine) it returns at once: the
+        drain has begun, and `serve_forever` sees to its end before it returns.  In a child that was
+        forked from the process that serves it only sets `draining`: the rest is its parent's.
 
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
@@ -284,33 +287,36 @@ class BaseServer(RequestPath):
             return None
         with self.__lock:
             here = os.getpid(), threading.get_ident()
-            if self._guard.drain is None and self.__drain_wish is None:
-                move(self.__phase, Phase.DRAINING)  # may it?
-            if self.__serves_here:
+            drain = self._guard.drain
+            if self.__drainer == here and (drain is None or not drain.is_over.is_set()):
+                return None  # a signal handler, in the middle of the drain that would be waited for
+            serves_here, is_first = self.__serves_here, drain is None
+            phase = move(self.__phase, Phase.DRAINING) if is_first else self.__phase
+            is_mine = not serves_here and self.__drainer == _NOBODY
+            if is_mine:
+                self.__drainer = here  # first, for such a signal handler
+            if drain is None:
+                spared = None if serves_here else self._request_here()
+                drain = self._guard.begin_drain(limit, spared)
+                self.__phase = phase
+            if serves_here:
                 self.__drain_wish = (timeout,)
                 self.__shutdown_request = True
-                return None
-            drain, is_first = self._guard.drain, self._guard.drain is None
-            if drain is None:
-                self.__drainer = (
-                    here  # first: a signal handler that drains must not wait for itself
-                )
-                drain = self._guard.begin_drain(limit, self._request_here())
-                if self.__phase is not Phase.CLOSED:  # since it was wished for
-                    self.__phase = move(self.__phase, Phase.DRAINING)
-        if is_first:
+        if serves_here:
+            if is_first and inline.serving is not None:  # a handler holds the loop
+                drain.watch(self.draining)
+            return None
+        if is_mine:
             return self.__carry_out(drain, limit)
-        if self.__drainer == here and not drain.is_over.is_set():
-            return None  # a signal handler, in the middle of the drain that would be waited for
         self._guard.spare(self._request_here())
         self._wait_event(drain.is_over, None)
         return self.drain_report
 
     def __carry_out(self, drain: Drain, limit: float | None) -> DrainReport:
-        """Do what `drain` says, in the thread that asked for it first."""
+        """Do what `drain` says, in the thread that asked for it first, or for the serving one."""
         try:
             self.draining.set()
-            with drain.watched():
+            with drain.watched(self.draining):
                 self.shutdown()
                 if DrainStarted.subscribers:
                     emit(DrainStarted(self, self._guard.open, limit))
@@ -537,9 +543,12 @@ class BaseServer(RequestPath):
                 if self.__phase is Phase.SERVING:
                     self.__phase = move(self.__phase, Phase.STOPPED)
                 self.__release_room()
+            drain = self._guard.drain if self.__drain_wish is not None else None
             if loop in self.__loops:
                 at = self.__loops.index(loop)
                 self.__loops = (*self.__loops[:at], *self.__loops[at + 1 :])
+        if drain is not None:  # which no handler of this loop holds up any more
+            drain.end_watch()
 
     @property
     def __serves_here(self) -> bool:
@@ -547,7 +556,7 @@ class BaseServer(RequestPath):
         return (os.getpid(), threading.get_ident()) in self.__loops
 
     def __begin_anew(self) -> None:
-        self.__phase = Phase.CREATED
+        self.__phase, self.__drainer = Phase.CREATED, _NOBODY
         self._guard.drain = self.drain_report = self.__drain_wish = None
         self.draining.clear()
 
