@@ -23,6 +23,7 @@ from portico import (
     ThreadingTCPServer,
     ThreadingUDPServer,
     ThreadPoolTCPServer,
+    ThreadPoolUDPServer,
 )
 from portico.connection import Connection, Connections
 from portico.drain import Drain
@@ -384,6 +385,29 @@ def test_a_datagram_whose_handler_goes_on_is_not_waited_for(kind: Any) -> None:
         Call(server.server_close).result()
         assert server._has_stragglers
         go_on.set()
+
+
+@pytest.mark.parametrize("kind", [ThreadingUDPServer, ThreadPoolUDPServer])
+@pytest.mark.parametrize("block_on_close", [True, False])
+def test_handlers_of_datagrams_that_drain_do_not_wait_for_themselves(
+    kind: Any, block_on_close: bool
+) -> None:
+    """Nor for each other."""
+
+    class Draining(BaseRequestHandler):
+        def handle(self) -> None:
+            together.wait(PATIENCE)
+            reports.append(self.server.drain(PATIENCE))
+
+    together, reports = threading.Barrier(2), list[DrainReport | None]()
+    server = kind(LOOPBACK, Draining)
+    server.block_on_close = block_on_close
+    with RunningServer(server) as running, running.connect() as client:
+        client.send(b"x")
+        client.send(b"y")
+        eventually(lambda: len(reports) == 2)
+        assert reports[0] is reports[1] is server.drain_report
+        assert not server._has_stragglers
 
 
 # --- children ---------------------------------------------------------------------------

@@ -58,11 +58,14 @@ class Drain:
         """Connections whose handlers went on although they were closed."""
         self.unfinished = 0
         """Requests without a connection of their own that were not served in time."""
+        self.waiting = 0
+        """Handlers of such requests that wait for this drain, and so it does not for them."""
         self._connections = connections
         self._of_children = of_children
         self._waits_to_read = waits_to_read
         self._spared: set[Connection] = set() if spared is None else {spared}
-        self._lock = RLock()  # guards _tally, _spared; re-entrant for signal handlers
+        # Guards waiting, _tally and _spared; re-entrant for signal handlers.
+        self._lock = RLock()
         self._tally = DrainTally(now)
         self._lost: deque[tuple[Connection, float]] = deque()  # that have ended at this instant
         self._idle: set[Connection] = set()
@@ -94,6 +97,14 @@ class Drain:
             self._count_end(connection, monotonic())
             self._spared.add(connection)
         self._changed.set()
+
+    def note_waiting(self) -> None:
+        """Note that the handler of a request without a connection waits for this drain.
+
+        Callable from any thread.
+        """
+        with self._lock:
+            self.waiting += 1
 
     def _count_end(self, connection: Connection, now: float) -> None:
         if connection not in self._spared and not connection.has_ended:

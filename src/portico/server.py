@@ -306,6 +306,8 @@ class BaseServer(RequestPath):
             if is_first and inline.serving is not None:  # a handler holds the loop
                 drain.watch(self.draining)
             return None
+        if self._replies_by_listener and self._is_under_way_here():
+            drain.note_waiting()
         if is_mine:
             return self.__carry_out(drain, limit)
         self._guard.spare(self._request_here())
@@ -728,9 +730,10 @@ class BaseServer(RequestPath):
 
     def __await_requests(self, drain: Drain) -> None:
         """Wait until what was taken has been served, as far as the engine knows."""
-        while (left := self._requests_under_way()) and time() < drain.deadline:
+        # Less those whose handlers wait for the drain.
+        while (left := self._requests_under_way() - drain.waiting) > 0 and time() < drain.deadline:
             self._wait_event(_NEVER, UNDER_WAY_INTERVAL)
-        drain.unfinished = left
+        drain.unfinished = max(0, left)
 
     @property
     def _has_stragglers(self) -> bool:
@@ -750,6 +753,10 @@ class BaseServer(RequestPath):
     def _requests_under_way(self) -> int:
         """Return how many requests wait for a worker or are being served; for the engines."""
         return 0
+
+    def _is_under_way_here(self) -> bool:
+        """Say whether the calling thread is serving one of these requests; for the engines."""
+        return False
 
     def _close_listener(self) -> None:
         """Close the listener, and nothing else; for the families."""

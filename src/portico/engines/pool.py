@@ -107,6 +107,9 @@ class ThreadPoolMixIn(Hooks):
     def _requests_under_way(self) -> int:
         return 0 if self._pool is None else self._pool.under_way
 
+    def _is_under_way_here(self) -> bool:
+        return self._pool is not None and self._pool.serves_here
+
     def server_close(self) -> None:
         """Close the listener, then wait as `block_on_close` says.
 
@@ -179,6 +182,13 @@ class Pool:
         """Requests that are queued or served."""
         with self._lock:
             return len(self._queue) + len(self._workers) - len(self._idle)
+
+    @property
+    def serves_here(self) -> bool:
+        """Whether the calling thread is one of the workers."""
+        here = threading.current_thread()
+        with self._lock:
+            return any(worker.thread is here for worker in self._workers)
 
     @property
     def queued(self) -> int:

@@ -186,6 +186,13 @@ class ThreadingMixIn(Hooks):
         under_way.reap()
         return waited_for + len(under_way)
 
+    def _is_under_way_here(self) -> bool:
+        here = threading.current_thread()
+        return any(
+            isinstance(threads, list) and here in threads
+            for threads in (self._threads, self._under_way)
+        )
+
     def server_close(self) -> None:
         """Close the listener, then wait for the threads as `block_on_close` says.
 
