@@ -198,6 +198,24 @@ def test_a_stopped_server_can_be_drained(running: RunningServer[Any]) -> None:
         assert sums(running.server.drain(PATIENCE)) == (1, 0, 1, 0)
 
 
+@pytest.mark.parametrize("kind", CONCURRENT)
+@pytest.mark.parametrize("by_closing", [True, False])
+def test_a_server_that_serves_single_requests_can_be_drained(kind: Any, by_closing: bool) -> None:
+    with kind(LOOPBACK, Handler) as server, connect(server) as idle, connect(server) as waiting:
+        server.drain_timeout = PATIENCE
+        server.handle_request()
+        idle.sendall(b"idle")
+        assert idle.recv(100) == b"idle"
+        assert server.phase is Phase.STOPPED
+        waiting.sendall(b"in the backlog")
+        Call(server.server_close if by_closing else server.drain).result()
+        assert goodbye(idle) == b""
+        assert goodbye(waiting) == b"in the backlog"
+        assert sums(server.drain_report)[0] == 2
+        assert sums(server.drain_report)[3] == 0
+        assert server.phase.value == "closed"
+
+
 def test_a_server_begins_anew_with_another_listener(running: RunningServer[Any]) -> None:
     server = running.server
     with say(running, b"idle"):

@@ -22,7 +22,8 @@ class Phase(Enum):
     SERVING = "serving"
     """It accepts connections."""
     STOPPED = "stopped"
-    """`shutdown` ended the loop; handlers may go on, and it may serve again."""
+    """`shutdown` ended the loop, or it serves single requests; handlers may go on, and it may serve
+    again."""
     DRAINING = "draining"
     """It accepts no more, and its open connections come to their end."""
     CLOSED = "closed"

@@ -406,6 +406,8 @@ class BaseServer(RequestPath):
         Waits at most the smaller of `timeout` and the listener's own timeout, in seconds,
         then calls `handle_timeout`.
 
+        A server that serves single requests is `Phase.STOPPED` between them, and can be drained.
+
         Raises:
             ValueError: The listener is closed.
         """
@@ -419,6 +421,9 @@ class BaseServer(RequestPath):
                     timeout = deadline - time()
                     if timeout <= 0:
                         return self.handle_timeout()
+        with self.__lock:
+            if self.__phase is Phase.CREATED:  # not any more: it may be drained
+                self.__phase = move(move(self.__phase, Phase.SERVING), Phase.STOPPED)
         return self._handle_request_noblock()
 
     def handle_timeout(self) -> None:
