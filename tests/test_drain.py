@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -42,6 +44,9 @@ from tests.support import (
     recorded,
     reset,
 )
+
+if TYPE_CHECKING:
+    from tests.tls import Authority
 
 LOOPBACK = ("127.0.0.1", 0)
 CONCURRENT = [ThreadingTCPServer, ThreadPoolTCPServer, GreenTCPServer]
@@ -426,6 +431,58 @@ def test_handlers_of_datagrams_that_drain_do_not_wait_for_themselves(
         eventually(lambda: len(reports) == 2)
         assert reports[0] is reports[1] is server.drain_report
         assert not server._has_stragglers
+
+
+# --- what a program made something else of ----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONCURRENT)
+@pytest.mark.parametrize("where", ["handle", "finish_request"])
+def test_a_connection_over_which_the_program_speaks_tls_is_closed_at_the_deadline(
+    authority: Authority, kind: Any, where: str
+) -> None:
+    """The object that was accepted has no descriptor any more."""
+    pair = authority.issue("localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+
+    def over_tls(request: Any, *, is_here: bool) -> Any:
+        return context.wrap_socket(request, server_side=True) if is_here else nullcontext(request)
+
+    class Secure(kind):  # type: ignore[misc]
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            with over_tls(request, is_here=where == "finish_request") as prepared:
+                super().finish_request(prepared, client_address)
+
+    class StartTLS(BaseRequestHandler):
+        def handle(self) -> None:
+            with over_tls(self.request, is_here=where == "handle") as secure:
+                secure.sendall(b"x")
+                with suppress(OSError):  # the peer says nothing of the end
+                    secure.recv(1)
+            ended.set()
+
+    ended = threading.Event()
+    with RunningServer(Secure(LOOPBACK, StartTLS)) as running, running.connect() as bare:
+        with authority.client().wrap_socket(bare, server_hostname="localhost") as client:
+            assert client.recv(1) == b"x"
+            assert sums(Call(running.server.drain, 0.0).result()) == (1, 0, 0, 1)
+            assert ended.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, ThreadPoolTCPServer])
+def test_one_that_another_object_took_over_is_given_end_of_file_when_idle(kind: Any) -> None:
+    class Exchanging(BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.socket(fileno=self.request.detach()) as other:
+                other.sendall(b"x")
+                other.recv(1)
+
+    with RunningServer(kind(LOOPBACK, Exchanging)) as running, running.connect() as client:
+        assert client.recv(1) == b"x"
+        draining = Call(running.server.drain, PATIENCE)
+        assert goodbye(client) == b""
+        assert sums(draining.result()) == (1, 0, 1, 0)
 
 
 # --- children ---------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class DrainReport:
     idle: int
     """They were given end-of-file because they were idle, and ended."""
     forced: int
-    """They were closed at the deadline."""
+    """They were closed at the deadline, or left behind where nobody could."""
     seconds: float
     """How long the drain took."""
     longest: float | None

@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from portico.connection import borrowed
 from portico.deadlines import Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
 from portico.traffic import look, with_activity
@@ -150,7 +151,8 @@ class Timekeeper:
             connection.next_look = self._deadlines.first_look(connection.accepted)
             if connection.next_look > now:
                 return
-        traffic = look(connection.request)
+        with borrowed(connection) as sock:
+            traffic = look(sock)
         if traffic.received is None:
             traffic = with_activity(traffic, self._server._activity(connection))
         waits_to_read = self._server._waits_to_read(connection)
