@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -12,28 +13,38 @@ from portico.connection import (
     PEER_GONE_ERRNOS,
     Connection,
     Connections,
+    borrowed,
     can_be_tracked,
     is_peer_gone,
 )
-from tests.support import Call, Client, eventually, reset
+from tests.support import Call, Client, descriptors, eventually, reset
 
 BROKEN_PIPE = BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 Pair = tuple[socket.socket, socket.socket]
 
 
+@contextmanager
+def tcp_pair() -> Iterator[Pair]:
+    """Yield a request as the server has it, and its peer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = Client(socket.AF_INET, socket.SOCK_STREAM)
+        theirs.connect(listener.getsockname())
+        ours, _ = listener.accept()
+    with ours, theirs:
+        yield ours, theirs
+
+
 @pytest.fixture(params=["tcp", "unix"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """A request as the server has it, and its peer."""
-    if request.param == "unix":
-        ours, theirs = socket.socketpair()
+    if request.param == "tcp":
+        with tcp_pair() as pair:
+            yield pair
     else:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            theirs = Client(socket.AF_INET, socket.SOCK_STREAM)
-            theirs.connect(listener.getsockname())
-            ours, _ = listener.accept()
-    with ours, theirs:
-        yield ours, theirs
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            yield ours, theirs
 
 
 def failure_of_writing(request: socket.socket) -> OSError:
@@ -281,6 +292,57 @@ def test_what_is_closed_or_changing_hands_cannot_be_interrupted(
         os.close(descriptor)
     connections.remove(ours)
     assert not connections.interrupt(connection)
+
+
+def test_one_that_another_object_took_over_is_known_by_its_number_and_its_peer(
+    registry: Registry,
+) -> None:
+    with tcp_pair() as (ours, theirs):
+        connection = registry.connections.add(ours, theirs.getsockname())
+        with borrowed(connection) as sock:
+            assert sock is ours
+        connection.descriptor = ours.fileno()
+        with socket.socket(fileno=ours.detach()) as other:
+            theirs.sendall(b"x")
+            with borrowed(connection) as sock:
+                assert sock.fileno() not in {-1, other.fileno()}
+                assert sock.recv(1) == b"x"
+            assert sock.fileno() < 0
+            assert registry.connections.interrupt(connection)
+            assert connection.was_cut
+            assert other.recv(1) == b""
+            assert theirs.recv(1) == b""
+
+
+@pytest.mark.parametrize("becomes", ["closed", "a file", "another's", "nobody's", "unknown"])
+def test_a_number_that_became_anothers_is_left_alone(registry: Registry, becomes: str) -> None:
+    with tcp_pair() as (ours, theirs), tcp_pair() as (stranger, _):
+        connection = registry.connections.add(ours, theirs.getsockname())
+        number = connection.descriptor = os.dup(ours.fileno())
+        ours.close()
+        match becomes:
+            case "closed":
+                os.close(number)
+            case "a file":
+                null = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(null, number)
+                os.close(null)
+            case "another's":
+                os.dup2(stranger.fileno(), number)
+            case "nobody's":
+                with socket.socket() as unconnected:
+                    os.dup2(unconnected.fileno(), number)
+            case _:  # a Unix socket, whose peers are all alike
+                connection.client_address = ""
+                one, other = socket.socketpair()
+                with one, other:
+                    os.dup2(one.fileno(), number)
+        before = descriptors()
+        assert not registry.connections.interrupt(connection)
+        assert not connection.was_cut
+        assert descriptors().keys() == before.keys()
+        if becomes != "closed":
+            os.close(number)
 
 
 def test_a_descriptor_that_is_being_shut_down_is_not_closed_meanwhile(

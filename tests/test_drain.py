@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +25,7 @@ from portico import (
     ThreadingTCPServer,
     ThreadingUDPServer,
     ThreadPoolTCPServer,
+    ThreadPoolUDPServer,
 )
 from portico.connection import Connection, Connections
 from portico.drain import Drain
@@ -36,9 +39,14 @@ from tests.support import (
     connect,
     eventually,
     goodbye,
+    in_child,
+    nothing_left_behind,
     recorded,
     reset,
 )
+
+if TYPE_CHECKING:
+    from tests.tls import Authority
 
 LOOPBACK = ("127.0.0.1", 0)
 CONCURRENT = [ThreadingTCPServer, ThreadPoolTCPServer, GreenTCPServer]
@@ -143,6 +151,21 @@ def test_later_calls_join_the_first(running: RunningServer[Any]) -> None:
     assert running.server.drain() is report
 
 
+def test_a_signal_handler_that_drains_as_a_drain_begins_does_not_wait_for_it(
+    running: RunningServer[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = running.server._guard
+    begin = guard.begin_drain
+
+    def begin_and_be_interrupted(*args: Any) -> Drain:
+        drain: Drain = begin(*args)
+        assert running.server.drain(0.0) is None
+        return drain
+
+    monkeypatch.setattr(guard, "begin_drain", begin_and_be_interrupted)
+    assert sums(Call(running.server.drain, PATIENCE).result()) == (0, 0, 0, 0)
+
+
 def test_closing_joins_a_drain_that_is_under_way(running: RunningServer[Any]) -> None:
     running.server.drain_timeout = PATIENCE
     with say(running, b"hold"):
@@ -178,6 +201,24 @@ def test_a_stopped_server_can_be_drained(running: RunningServer[Any]) -> None:
         running.shutdown()
         assert running.server.phase is Phase.STOPPED
         assert sums(running.server.drain(PATIENCE)) == (1, 0, 1, 0)
+
+
+@pytest.mark.parametrize("kind", CONCURRENT)
+@pytest.mark.parametrize("by_closing", [True, False])
+def test_a_server_that_serves_single_requests_can_be_drained(kind: Any, by_closing: bool) -> None:
+    with kind(LOOPBACK, Handler) as server, connect(server) as idle, connect(server) as waiting:
+        server.drain_timeout = PATIENCE
+        server.handle_request()
+        idle.sendall(b"idle")
+        assert idle.recv(100) == b"idle"
+        assert server.phase is Phase.STOPPED
+        waiting.sendall(b"in the backlog")
+        Call(server.server_close if by_closing else server.drain).result()
+        assert goodbye(idle) == b""
+        assert goodbye(waiting) == b"in the backlog"
+        assert sums(server.drain_report)[0] == 2
+        assert sums(server.drain_report)[3] == 0
+        assert server.phase.value == "closed"
 
 
 def test_a_server_begins_anew_with_another_listener(running: RunningServer[Any]) -> None:
@@ -230,6 +271,60 @@ def test_in_the_thread_that_serves_the_loop_drains_before_it_returns(kind: Any) 
         assert running.wait_ended() is None
         assert running.server.drain_report is not None
         assert running.server.phase is Phase.CLOSED
+
+
+@pytest.mark.parametrize("timeout", [PATIENCE, 0.0])
+def test_a_handler_that_holds_the_loop_is_drained_at_once(timeout: float) -> None:
+    """Also when it was a signal handler that asked, which interrupted it in a wait."""
+
+    class Waiting(BaseRequestHandler):
+        def handle(self) -> None:
+            assert self.server.drain(timeout) is None
+            assert self.server.drain(PATIENCE) is None  # the first one counts
+            assert self.server.phase is Phase.DRAINING
+            assert self.server.draining.wait(PATIENCE)
+            heard.append(self.request.recv(100))
+
+    heard: list[bytes] = []
+    with RunningServer(TCPServer(LOOPBACK, Waiting)) as running, running.connect() as silent:
+        assert running.wait_ended() is None
+        assert goodbye(silent) == b""
+        assert heard == [b""]
+        assert sums(running.server.drain_report)[:2] == (1, 0)  # idle, or forced
+
+
+def test_a_drain_that_another_thread_joins_before_the_loop_ends_is_one() -> None:
+    class Waiting(BaseRequestHandler):
+        def handle(self) -> None:
+            assert self.server.drain(PATIENCE) is None
+            begun.set()
+            assert go_on.wait(PATIENCE)
+
+    begun, go_on = threading.Event(), threading.Event()
+    with RunningServer(TCPServer(LOOPBACK, Waiting)) as running, running.connect():
+        assert begun.wait(PATIENCE)
+        joining = Call(running.server.drain, 0.0)
+        go_on.set()
+        report = joining.result()
+        assert running.wait_ended() is None
+        assert sums(report)[0] == 1
+        assert running.server.drain_report is report
+
+
+def test_a_drain_whose_loop_was_left_is_seen_to_its_end_by_who_closes() -> None:
+    class Leaving(BaseRequestHandler):
+        def handle(self) -> None:
+            assert self.server.drain() is None
+            raise SystemExit
+
+    server = TCPServer(LOOPBACK, Leaving)
+    server.drain_timeout = PATIENCE
+    with nothing_left_behind(), RunningServer(server) as running, running.connect() as client:
+        assert isinstance(running.wait_ended(), SystemExit)
+        assert goodbye(client) == b""
+        assert server.drain_report is None
+        Call(server.server_close).result()
+        assert sums(server.drain_report) == (1, 1, 0, 0)
 
 
 @pytest.mark.parametrize("kind", [TCPServer, ThreadingTCPServer, GreenTCPServer])
@@ -315,7 +410,106 @@ def test_a_datagram_whose_handler_goes_on_is_not_waited_for(kind: Any) -> None:
         go_on.set()
 
 
+@pytest.mark.parametrize("kind", [ThreadingUDPServer, ThreadPoolUDPServer])
+@pytest.mark.parametrize("block_on_close", [True, False])
+def test_handlers_of_datagrams_that_drain_do_not_wait_for_themselves(
+    kind: Any, block_on_close: bool
+) -> None:
+    """Nor for each other."""
+
+    class Draining(BaseRequestHandler):
+        def handle(self) -> None:
+            together.wait(PATIENCE)
+            reports.append(self.server.drain(PATIENCE))
+
+    together, reports = threading.Barrier(2), list[DrainReport | None]()
+    server = kind(LOOPBACK, Draining)
+    server.block_on_close = block_on_close
+    with RunningServer(server) as running, running.connect() as client:
+        client.send(b"x")
+        client.send(b"y")
+        eventually(lambda: len(reports) == 2)
+        assert reports[0] is reports[1] is server.drain_report
+        assert not server._has_stragglers
+
+
+# --- what a program made something else of ----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONCURRENT)
+@pytest.mark.parametrize("where", ["handle", "finish_request"])
+def test_a_connection_over_which_the_program_speaks_tls_is_closed_at_the_deadline(
+    authority: Authority, kind: Any, where: str
+) -> None:
+    """The object that was accepted has no descriptor any more."""
+    pair = authority.issue("localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+
+    def over_tls(request: Any, *, is_here: bool) -> Any:
+        return context.wrap_socket(request, server_side=True) if is_here else nullcontext(request)
+
+    class Secure(kind):  # type: ignore[misc]
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            with over_tls(request, is_here=where == "finish_request") as prepared:
+                super().finish_request(prepared, client_address)
+
+    class StartTLS(BaseRequestHandler):
+        def handle(self) -> None:
+            with over_tls(self.request, is_here=where == "handle") as secure:
+                secure.sendall(b"x")
+                with suppress(OSError):  # the peer says nothing of the end
+                    secure.recv(1)
+            ended.set()
+
+    ended = threading.Event()
+    with RunningServer(Secure(LOOPBACK, StartTLS)) as running, running.connect() as bare:
+        with authority.client().wrap_socket(bare, server_hostname="localhost") as client:
+            assert client.recv(1) == b"x"
+            assert sums(Call(running.server.drain, 0.0).result()) == (1, 0, 0, 1)
+            assert ended.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("kind", [ThreadingTCPServer, ThreadPoolTCPServer])
+def test_one_that_another_object_took_over_is_given_end_of_file_when_idle(kind: Any) -> None:
+    class Exchanging(BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.socket(fileno=self.request.detach()) as other:
+                other.sendall(b"x")
+                other.recv(1)
+
+    with RunningServer(kind(LOOPBACK, Exchanging)) as running, running.connect() as client:
+        assert client.recv(1) == b"x"
+        draining = Call(running.server.drain, PATIENCE)
+        assert goodbye(client) == b""
+        assert sums(draining.result()) == (1, 0, 1, 0)
+
+
 # --- children ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["server_close", "drain"])
+def test_a_child_that_a_program_forks_leaves_the_connections_to_its_parent(
+    running: RunningServer[Any], name: str
+) -> None:
+    """Closing what was inherited is hygiene, and shuts nothing down that both have."""
+    server = running.server
+    server.drain_timeout = PATIENCE
+
+    def end_twice() -> None:
+        end: Callable[[], object] = getattr(server, name)
+        end()
+        end()
+        assert server.draining.is_set() is (name == "drain")
+        assert (server.socket.fileno() < 0) is (name == "server_close")
+
+    with say(running, b"idle") as client:
+        assert in_child(end_twice) == 0
+        client.sendall(b"again")
+        assert client.recv(100) == b"again"
+        assert not server.draining.is_set()
+        with say(running, b"later"):
+            assert running.is_serving()
 
 
 class Stubborn(BaseRequestHandler):

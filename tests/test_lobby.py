@@ -211,6 +211,25 @@ def test_closing_the_server_ends_who_is_silent() -> None:
     assert [event.reason for event in closed] == [CloseReason.CUT]
 
 
+def test_a_child_that_closes_what_it_inherited_leaves_who_is_silent_to_its_parent() -> None:
+    with RunningServer(make(ThreadPoolMixIn)) as running, running.connect() as silent:
+        eventually(lambda: kept_by(running.server) == 1)
+        assert in_child(running.server.server_close) == 0
+        assert answer(silent) == b"hello\n"
+
+
+def test_a_child_that_serves_for_itself_leaves_who_is_silent_to_its_parent() -> None:
+    with RunningServer(make(ThreadPoolMixIn)) as running, running.connect() as silent:
+        eventually(lambda: kept_by(running.server) == 1)
+
+        def begin_to_serve() -> None:
+            running.server._guard.read_settings()
+            assert kept_by(running.server) == 0
+
+        assert in_child(begin_to_serve) == 0
+        assert answer(silent) == b"hello\n"
+
+
 def test_who_waits_while_nobody_serves_is_served_afterwards() -> None:
     """As in the backlog."""
     server = make(ThreadPoolMixIn)

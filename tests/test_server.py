@@ -1028,6 +1028,96 @@ def test_a_signal_handler_may_call_shutdown_at_any_moment() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+AT_ANY_LINE = """
+import faulthandler, socket, sys, threading
+import portico
+
+name, settings, patience = sys.argv[1], eval(sys.argv[2]), float(sys.argv[3])
+faulthandler.dump_traceback_later(patience, exit=True)
+
+
+def answer(request, client_address, server):
+    request.sendall(b"x")
+
+
+class Server(getattr(portico, name)):
+    vars().update(settings)
+
+    def service_actions(self):
+        super().service_actions()
+        self.has_served = self.has_served or self.served > 0
+        if self.has_served:
+            self.shutdown()
+
+    has_served, served = False, 0
+
+    def process_request(self, request, client_address):
+        self.served += 1
+        super().process_request(request, client_address)
+
+    def handle_error(self, request, client_address):
+        pass  # it was closed in the middle of a hook
+
+
+def close_at(number):
+    '''Serve one client, and close the server at a line; say whether there were so many.'''
+    left = number
+
+    def at_line(frame, event, arg):
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                server.server_close()
+        return at_line
+
+    def at_call(frame, event, arg):
+        file = frame.f_code.co_filename
+        if "portico" in file or file == threading.__file__:
+            return at_line(frame, event, arg)
+
+    with Server(("127.0.0.1", 0), answer) as server:
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(b"PROXY UNKNOWN\\r\\n")
+            sys.settrace(at_call)
+            try:
+                server.serve_forever(0)
+            except (ValueError, portico.PorticoError):
+                pass  # it was closed before it served
+            finally:
+                sys.settrace(None)
+    if server._guard.keeper is not None:
+        server._guard.keeper.stop()
+    return left <= 0
+
+
+number = 1
+while close_at(number):
+    number += 1
+print("done", number > 100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("TCPServer", {"max_connections": 5}),
+        ("ThreadingTCPServer", {"idle_timeout": PATIENCE}),
+        ("ThreadPoolTCPServer", {"max_connections": 5}),
+        ("ThreadPoolTCPServer", {"proxy_protocol": ["127.0.0.0/8"]}),
+    ],
+)
+def test_a_signal_handler_may_close_the_server_at_any_moment(
+    name: str, settings: dict[str, object]
+) -> None:
+    """It interrupts the acceptor, which goes on after it, whatever lock that holds.
+
+    A function that is called at each line is what a signal handler is, and comes everywhere.
+    """
+    done = run_program(AT_ANY_LINE, name, repr(settings), str(PATIENCE / 2))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done True\n", "")
+
+
 BESIDE_AN_EVENT_LOOP = """
 import signal, socket
 from portico import TCPServer, events

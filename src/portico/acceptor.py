@@ -220,9 +220,10 @@ class Wakeup:
             if current != self._writer and current >= 0:  # somebody else asked for it since
                 signal.set_wakeup_fd(current)
         with self._lock:
-            os.close(self._reader)
-            os.close(self._writer)
-            self._reader = self._writer = -1
+            ends = self._reader, self._writer
+            self._reader = self._writer = -1  # first: a signal handler may call `wake`
+            for end in ends:
+                os.close(end)
 
     def _hear_signals(self) -> None:
         """Have the interpreter write here when a signal arrives, unless it writes elsewhere.

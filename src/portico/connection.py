@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import _socket
 import errno
+import os
 import select
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from threading import Lock
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from weakref import ref
@@ -32,6 +33,9 @@ ClientAddress: TypeAlias = Any
 """What `get_request` returns second: its shape depends on the address family."""
 
 _Socket: Final = socket.socket  # also when a program's test puts something else in its place
+
+ADDRESSED_FAMILIES: Final = frozenset({socket.AF_INET, socket.AF_INET6})
+"""Where a peer has an address of its own."""
 
 PEER_GONE_ERRNOS: Final = frozenset(
     {
@@ -66,6 +70,10 @@ class Connection:
     thread: int | None = None
     """The system's number of the thread that serves it; ``None`` before one does, and where the
     engine knows better what its handler waits for."""
+
+    descriptor: int | None = None
+    """The number of its descriptor, which outlives the request where a handler puts TLS over it;
+    ``None`` before a worker serves it, and where the request itself tells (a green socket)."""
 
     process: int | None = None
     """The child process that serves it, if one does; the socket here is closed then."""
@@ -150,7 +158,9 @@ class Connections:
         self.holds_weakly = True
         """Whether one that is added is forgotten when nobody has its socket any more."""
         self._on_lost = on_lost
-        self._interrupting = Lock()  # held while a socket is used from another thread
+        # Held while a socket is used from another thread.  Re-entrant for a signal handler that
+        # closes one in the middle of it: then no descriptor is used that is another's.
+        self._interrupting = RLock()
 
     def __len__(self) -> int:
         return len(self.by_request)
@@ -202,8 +212,8 @@ class Connections:
 
         Returns:
             Whether there was a socket to shut down.  There is none once it was closed, nor in the
-            moment in which another object takes its descriptor over, nor where a program's own
-            `prepare_request` made something else of it.
+            moment in which another object of ours takes its descriptor over, nor where a program
+            made something else of it that `borrowed` does not find.
         """
         with self._interrupting:
             connection.is_held = True  # first, and then a look: `remove` does it the other way
@@ -211,14 +221,15 @@ class Connections:
                 request = connection.request
                 if self.get(request) is not connection or not isinstance(request, _socket.socket):
                     return False
-                # Not the methods of a green or a TLS socket: those belong to another thread.
-                if _socket.socket.fileno(request) < 0:
-                    return False
-                if how == _socket.SHUT_RDWR:
-                    connection.was_cut = True
-                with suppress(OSError):  # the peer was faster
-                    _socket.socket.shutdown(request, how)
-                return True
+                with borrowed(connection) as sock:
+                    # Not the methods of a green or a TLS socket: those belong to another thread.
+                    if _socket.socket.fileno(sock) < 0:
+                        return False
+                    if how == _socket.SHUT_RDWR:
+                        connection.was_cut = True
+                    with suppress(OSError):  # the peer was faster
+                        _socket.socket.shutdown(sock, how)
+                    return True
             finally:
                 connection.is_held = False
 
@@ -237,6 +248,53 @@ class Connections:
         if connection is not None and connection.held is hold:
             del self.by_request[cast("Hold", hold).key]
             self._on_lost(connection)
+
+
+@contextmanager
+def borrowed(connection: Connection) -> Generator[Any]:
+    """Lend the socket of a connection, to look at it or to shut it down.
+
+    It is the request, unless that has lost its descriptor to an object that nobody told us of:
+    `ssl.SSLContext.wrap_socket` takes it over in a handler that speaks STARTTLS.  Then it is a copy
+    of the descriptor with that number, if it is connected to the same peer.  Peers of Unix sockets
+    have no address to be known by.
+    """
+    request = connection.request
+    copy = None
+    if isinstance(request, _socket.socket) and _socket.socket.fileno(request) < 0:
+        number: int | None = connection.descriptor
+        if number is None:
+            number = getattr(request, "descriptor", None)
+        if number is not None:
+            copy = _copy(number, connection.client_address)
+    try:
+        yield request if copy is None else copy
+    finally:
+        if copy is not None:
+            copy.close()
+
+
+def _copy(number: int, peer: ClientAddress) -> _socket.socket | None:
+    """Return another hold on the socket with this number, if it is connected to `peer`.
+
+    First the copy, and then the question: the number may become another's at any moment.
+    """
+    try:
+        descriptor = os.dup(number)
+    except OSError:  # closed, or none left
+        return None
+    try:
+        copy = _socket.socket(fileno=descriptor)
+    except OSError:  # it is no socket
+        os.close(descriptor)
+        return None
+    try:
+        if copy.family in ADDRESSED_FAMILIES and copy.getpeername() == peer:
+            return copy
+    except OSError:  # connected no more
+        pass
+    copy.close()
+    return None
 
 
 def can_be_tracked(request: object) -> bool:

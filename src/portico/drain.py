@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
-from threading import Event, Lock, Thread
+from threading import Event, RLock, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from portico.connection import borrowed
 from portico.lifecycle import DrainReport, DrainTally
 from portico.traffic import is_idle, look
 
@@ -58,16 +59,20 @@ class Drain:
         """Connections whose handlers went on although they were closed."""
         self.unfinished = 0
         """Requests without a connection of their own that were not served in time."""
+        self.waiting = 0
+        """Handlers of such requests that wait for this drain, and so it does not for them."""
         self._connections = connections
         self._of_children = of_children
         self._waits_to_read = waits_to_read
         self._spared: set[Connection] = set() if spared is None else {spared}
-        self._lock = Lock()  # guards _tally, _spared
+        # Guards waiting, _tally and _spared; re-entrant for signal handlers.
+        self._lock = RLock()
         self._tally = DrainTally(now)
         self._lost: deque[tuple[Connection, float]] = deque()  # that have ended at this instant
         self._idle: set[Connection] = set()
         self._forced: set[Connection] = set()
         self._changed = Event()
+        self._watcher: tuple[Thread, Event] | None = None  # and what ends it
         self.is_over = Event()
         """Set when there is a report."""
 
@@ -93,6 +98,14 @@ class Drain:
             self._count_end(connection, monotonic())
             self._spared.add(connection)
         self._changed.set()
+
+    def note_waiting(self) -> None:
+        """Note that the handler of a request without a connection waits for this drain.
+
+        Callable from any thread.
+        """
+        with self._lock:
+            self.waiting += 1
 
     def _count_end(self, connection: Connection, now: float) -> None:
         if connection not in self._spared and not connection.has_ended:
@@ -131,26 +144,44 @@ class Drain:
             wait(self._changed, min(LOOK_INTERVAL, remaining))
 
     @contextmanager
-    def watched(self) -> Generator[None]:
-        """See to the connections from a thread of its own while the block runs.
-
-        On the serial engine a handler holds whoever runs it, the serving loop or the drain itself:
-        nobody else would give its idle peer end-of-file, or close it at the deadline.
-        """
-        is_done = Event()
-        watcher = Thread(target=self._watch, args=(is_done,), name="portico drain", daemon=True)
-        try:
-            watcher.start()
-        except RuntimeError:  # the system has no thread left; the others need none
-            yield
-            return
+    def watched(self, draining: Event) -> Generator[None]:
+        """Do as `watch` does while the block runs."""
+        self.watch(draining)
         try:
             yield
         finally:
+            self.end_watch()
+
+    def watch(self, draining: Event) -> None:
+        """See to the connections from a thread of its own, until `end_watch`.
+
+        On the serial engine a handler holds whoever runs it, the serving loop or the drain itself:
+        nobody else would give its idle peer end-of-file, or close it at the deadline.
+
+        Args:
+            draining: Set first of all, by that thread: a signal handler that begins a drain may
+                have interrupted one that waits for it, and holds its lock.
+        """
+        if self._watcher is not None:
+            return
+        is_done = Event()
+        watcher = Thread(
+            target=self._watch, args=(draining, is_done), name="portico drain", daemon=True
+        )
+        with suppress(RuntimeError):  # the system has no thread left; other engines need none
+            watcher.start()
+            self._watcher = watcher, is_done
+
+    def end_watch(self) -> None:
+        """End what `watch` began, if it did, and wait for that."""
+        watching, self._watcher = self._watcher, None
+        if watching is not None:
+            watcher, is_done = watching
             is_done.set()
             watcher.join()
 
-    def _watch(self, is_done: Event) -> None:
+    def _watch(self, draining: Event, is_done: Event) -> None:
+        draining.set()
         while not is_done.wait(LOOK_INTERVAL):
             self.look()
             if monotonic() >= self.deadline:
@@ -173,7 +204,8 @@ class Drain:
             self._add(connection)
             if connection in self._idle:
                 continue
-            traffic = look(connection.request)
+            with borrowed(connection) as sock:
+                traffic = look(sock)
             age = now - connection.accepted
             if is_idle(traffic, self._waits_to_read(connection), age):
                 with self._lock:

@@ -83,6 +83,7 @@ class Gate:
         self.places = Admission(rules if counts_peers else _of_places(rules))
         self._peers = None if counts_peers else Admission(_of_peers(rules))
         self._room: Room | None = None  # made when somebody waits for it first
+        self._is_to_close = False  # the room, by whoever holds the lock next
         self.is_awaited = False
         """Whether somebody wants to know at once of a place that is given back: `settle`."""
         self.left: deque[tuple[Any, Any]] = deque()
@@ -190,9 +191,11 @@ class Gate:
 
     def settle(self) -> None:
         """Take the places back of those that have left, unless somebody else is about to."""
-        while self.left and self._lock.acquire(blocking=False):
+        while (self.left or self._is_to_close) and self._lock.acquire(blocking=False):
             try:
                 self._take_back()
+                if self._is_to_close:
+                    self._close_room()
             finally:
                 self._lock.release()
 
@@ -237,18 +240,23 @@ class Gate:
     def close(self) -> bool:
         """Release the descriptors; to be called when nobody waits for room any more.
 
-        Who waits later gets others.
+        Who waits later gets others.  Never waits, so a signal handler may call it in the middle of
+        whatever is done here: who holds the lock then does it before it goes.
 
         Returns:
             Whether there were any.
         """
-        with self._lock:
-            self.is_awaited = False
-            room, self._room = self._room, None
-        if room is None:
-            return False
-        room.close()
-        return True
+        has_room = self._room is not None
+        self._is_to_close = has_room
+        self.settle()
+        return has_room
+
+    def _close_room(self) -> None:
+        """Release the descriptors; with the lock."""
+        self._is_to_close = self.is_awaited = False
+        room, self._room = self._room, None
+        if room is not None:
+            room.close()
 
 
 class Room:

@@ -221,11 +221,18 @@ class Guard:
         Its locks are left alone: somebody may have held them.
         """
         self._process = os.getpid()
+        self._abandon_lobby()
         self._shedding = Lock()
         self.connections = Connections(self._note_lost)
         self.gate = self.keeper = self.drain = self._settings = None
         self.of_children, self.refusals = {}, {}
         self._idle, self._at_work, self._stubborn = [], [], None
+
+    def _abandon_lobby(self) -> None:
+        """Close this process's copies of the connections that wait in its parent."""
+        lobby, self.lobby = self.lobby, None
+        if lobby is not None:
+            lobby.abandon()
 
     # --- coming in ----------------------------------------------------------------------
 
@@ -415,6 +422,14 @@ class Guard:
             gate.leave(connection.client_address, connection.peer)
 
     @property
+    def is_inherited(self) -> bool:
+        """Whether all this belongs to the process from which this one was forked.
+
+        Not any more once this process has served with it.
+        """
+        return self._process != os.getpid() and self._server is not None
+
+    @property
     def open(self) -> int:
         """Connections that are open, those of child processes included."""
         return len(self.connections) + len(self.of_children)
@@ -443,16 +458,15 @@ class Guard:
             self.drain.spare(connection)
 
     def close(self) -> None:
-        """Release what only a server needs that accepts."""
-        if self.keeper is not None:
+        """Release what only a server needs that accepts; in a forked child, its copies of it."""
+        if self.is_inherited:
+            self._abandon_lobby()
+        elif self.keeper is not None:
             self.keeper.close()
 
     def enter_child(self, request: Request) -> None:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
-        if self.lobby is not None:
-            self.lobby.abandon()
-        self.lobby = None
         self.is_in_child = True
         self._leave_parent()
         self.read_settings()

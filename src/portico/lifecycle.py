@@ -22,7 +22,8 @@ class Phase(Enum):
     SERVING = "serving"
     """It accepts connections."""
     STOPPED = "stopped"
-    """`shutdown` ended the loop; handlers may go on, and it may serve again."""
+    """`shutdown` ended the loop, or it serves single requests; handlers may go on, and it may serve
+    again."""
     DRAINING = "draining"
     """It accepts no more, and its open connections come to their end."""
     CLOSED = "closed"
@@ -66,7 +67,7 @@ class DrainReport:
     idle: int
     """They were given end-of-file because they were idle, and ended."""
     forced: int
-    """They were closed at the deadline."""
+    """They were closed at the deadline, or left behind where nobody could."""
     seconds: float
     """How long the drain took."""
     longest: float | None

@@ -19,7 +19,7 @@ import select
 import selectors
 from collections.abc import Iterator
 from contextlib import suppress
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class Lobby:
 
     def __init__(self, timeout: float | None) -> None:
         self.timeout = timeout
-        self._lock = Lock()  # guards all that follows
+        # Guards all that follows.  Re-entrant, because a signal handler that closes the server can
+        # interrupt the acceptor while it holds it.
+        self._lock = RLock()
         self._guests: dict[Any, Guest] = {}  # by the request; the first has been here for longest
         self._selector = selectors.DefaultSelector()
         self._is_closed = False
@@ -151,7 +153,7 @@ class Lobby:
     def abandon(self) -> None:
         """Close, in a forked child, its copies of what waits in its parent."""
         # Unregistering would reach into the parent, with which the descriptor of epoll is shared.
-        self._lock = Lock()  # somebody may have held it
+        self._lock = RLock()  # somebody may have held it
         for guest in self.close():
             with suppress(OSError):
                 guest.request.close()

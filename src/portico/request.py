@@ -41,6 +41,8 @@ from portico.events import (
 from portico.guard import Guard
 from portico.waits import thread_activity, thread_waits_in_read
 
+_fileno: Final = socket.socket.fileno  # also when a program's test puts something else there
+
 
 class RequestPath:
     """The hooks that every request passes, and what becomes of it at its end.
@@ -238,6 +240,7 @@ class RequestPath:
         connection = self._guard.connections.by_request.get(id(request))
         if connection is not None:
             connection.thread = threading.get_native_id()
+            connection.descriptor = _fileno(request)
         prepared = self.prepare_request(request, client_address)
         if prepared[0] is not request:
             self._exchange_request(request, prepared[0])
@@ -307,6 +310,8 @@ class RequestPath:
             descriptor = connection.request.fileno()
         except (AttributeError, OSError, ValueError):  # gone, or of a program's own kind
             return None
+        if descriptor < 0 and connection.descriptor is not None:  # another object has it
+            descriptor = connection.descriptor
         return thread_waits_in_read(connection.thread, descriptor)
 
     def _activity(self, connection: Connection) -> int | None:

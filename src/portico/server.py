@@ -82,6 +82,9 @@ time, too; and a client that finds no place at all tries again after a second (R
 _NEVER: Final = threading.Event()
 """What is waited for when only time is to pass."""
 
+_NOBODY: Final = 0, 0
+"""Who drains while there is only the wish of a thread that serves."""
+
 _BEFORE_THE_END: Final = frozenset({Phase.SERVING, Phase.STOPPED, Phase.DRAINING})
 """The phases in which closing can begin with a drain, or wait for one."""
 
@@ -159,8 +162,8 @@ class BaseServer(RequestPath):
     __loops: tuple[tuple[int, int], ...] = ()  # the process and the thread of each
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
-    __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop begins
-    __drainer = 0, 0  # the process and the thread that drain
+    __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop ends
+    __drainer = _NOBODY  # the process and the thread that carry the drain out
     __phase = Phase.CREATED
     _exhaustion: Exhaustion | None = None
 
@@ -269,9 +272,9 @@ class BaseServer(RequestPath):
 
         Callable from any thread, and more than once: later calls join the first.  From a handler it
         waits for all connections but those of handlers that do the same.  In the thread that serves
-        (a signal handler, a handler of the serial or the green engine) it returns at once, and
-        `serve_forever` drains before it returns.  In a forked child it only sets `draining`: the
-        rest is its parent's.
+        (a signal handler, a handler of the serial or the green engine) it returns at once: the
+        drain has begun, and `serve_forever` sees to its end before it returns.  In a child that was
+        forked from the process that serves it only sets `draining`: the rest is its parent's.
 
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
@@ -287,36 +290,43 @@ class BaseServer(RequestPath):
         """
         check_timeout("timeout", timeout)
         limit = self.drain_timeout if timeout is None else timeout
-        if self._guard.is_in_child:  # the parent accepts, and waits for this process
+        if self._guard.is_in_child or self._guard.is_inherited:  # it is the parent that accepts
             self.draining.set()
             return None
         with self.__lock:
             here = os.getpid(), threading.get_ident()
-            if self._guard.drain is None and self.__drain_wish is None:
-                move(self.__phase, Phase.DRAINING)  # may it?
-            if self.__serves_here:
+            drain = self._guard.drain
+            if self.__drainer == here and (drain is None or not drain.is_over.is_set()):
+                return None  # a signal handler, in the middle of the drain that would be waited for
+            serves_here, is_first = self.__serves_here, drain is None
+            phase = move(self.__phase, Phase.DRAINING) if is_first else self.__phase
+            is_mine = not serves_here and self.__drainer == _NOBODY
+            if is_mine:
+                self.__drainer = here  # first, for such a signal handler
+            if drain is None:
+                spared = None if serves_here else self._request_here()
+                drain = self._guard.begin_drain(limit, spared)
+                self.__phase = phase
+            if serves_here:
                 self.__drain_wish = (timeout,)
                 self.__shutdown_request = True
-                return None
-            drain, is_first = self._guard.drain, self._guard.drain is None
-            if drain is None:
-                drain = self._guard.begin_drain(limit, self._request_here())
-                self.__drainer = here
-                if self.__phase is not Phase.CLOSED:  # since it was wished for
-                    self.__phase = move(self.__phase, Phase.DRAINING)
-        if is_first:
+        if serves_here:
+            if is_first and inline.serving is not None:  # a handler holds the loop
+                drain.watch(self.draining)
+            return None
+        if self._replies_by_listener and self._is_under_way_here():
+            drain.note_waiting()
+        if is_mine:
             return self.__carry_out(drain, limit)
-        if self.__drainer == here and not drain.is_over.is_set():
-            return None  # a signal handler, in the middle of the drain that would be waited for
         self._guard.spare(self._request_here())
         self._wait_event(drain.is_over, None)
         return self.drain_report
 
     def __carry_out(self, drain: Drain, limit: float | None) -> DrainReport:
-        """Do what `drain` says, in the thread that asked for it first."""
+        """Do what `drain` says, in the thread that asked for it first, or for the serving one."""
         try:
             self.draining.set()
-            with drain.watched():
+            with drain.watched(self.draining):
                 self.shutdown()
                 if DrainStarted.subscribers:
                     emit(DrainStarted(self, self._guard.open, limit))
@@ -347,7 +357,16 @@ class BaseServer(RequestPath):
 
         With a `drain_timeout`, it is drained first, and a handler that goes on all the same is not
         waited for; but not in the thread that serves.
+
+        In a child that was forked from the process that serves, only its copies are closed: the
+        connections are its parent's, and go on.
         """
+        if self._guard.is_inherited:
+            # Without the lock, which another thread of the parent may have held.
+            self.__phase = move(self.__phase, Phase.CLOSED)
+            self._close_listener()
+            self._guard.close()
+            return
         can_drain = self.__phase in _BEFORE_THE_END and not self.__serves_here
         if self.drain_timeout is not None and can_drain:
             self.drain()
@@ -395,6 +414,8 @@ class BaseServer(RequestPath):
         Waits at most the smaller of `timeout` and the listener's own timeout, in seconds,
         then calls `handle_timeout`.
 
+        A server that serves single requests is `Phase.STOPPED` between them, and can be drained.
+
         Raises:
             ValueError: The listener is closed.
         """
@@ -408,6 +429,9 @@ class BaseServer(RequestPath):
                     timeout = deadline - time()
                     if timeout <= 0:
                         return self.handle_timeout()
+        with self.__lock:
+            if self.__phase is Phase.CREATED:  # not any more: it may be drained
+                self.__phase = move(move(self.__phase, Phase.SERVING), Phase.STOPPED)
         return self._handle_request_noblock()
 
     def handle_timeout(self) -> None:
@@ -534,9 +558,12 @@ class BaseServer(RequestPath):
                 if self.__phase is Phase.SERVING:
                     self.__phase = move(self.__phase, Phase.STOPPED)
                 self.__release_room()
+            drain = self._guard.drain if self.__drain_wish is not None else None
             if loop in self.__loops:
                 at = self.__loops.index(loop)
                 self.__loops = (*self.__loops[:at], *self.__loops[at + 1 :])
+        if drain is not None:  # which no handler of this loop holds up any more
+            drain.end_watch()
 
     @property
     def __serves_here(self) -> bool:
@@ -544,7 +571,7 @@ class BaseServer(RequestPath):
         return (os.getpid(), threading.get_ident()) in self.__loops
 
     def __begin_anew(self) -> None:
-        self.__phase = Phase.CREATED
+        self.__phase, self.__drainer = Phase.CREATED, _NOBODY
         self._guard.drain = self.drain_report = self.__drain_wish = None
         self.draining.clear()
 
@@ -738,15 +765,20 @@ class BaseServer(RequestPath):
 
     def __await_requests(self, drain: Drain) -> None:
         """Wait until what was taken has been served, as far as the engine knows."""
-        while (left := self._requests_under_way()) and time() < drain.deadline:
+        # Less those whose handlers wait for the drain.
+        while (left := self._requests_under_way() - drain.waiting) > 0 and time() < drain.deadline:
             self._wait_event(_NEVER, UNDER_WAY_INTERVAL)
-        drain.unfinished = left
+        drain.unfinished = max(0, left)
 
     @property
     def _has_stragglers(self) -> bool:
-        """Whether a drain has given handlers up, for which an engine does not wait any more."""
+        """Whether there are handlers for which an engine does not wait.
+
+        A drain has given them up, or they are those of the process from which this one was forked.
+        """
         drain = self._guard.drain
-        return drain is not None and drain.stragglers + drain.unfinished > 0
+        has_given_up = drain is not None and drain.stragglers + drain.unfinished > 0
+        return has_given_up or self._guard.is_inherited
 
     @property
     def _replies_by_listener(self) -> bool:
@@ -756,6 +788,10 @@ class BaseServer(RequestPath):
     def _requests_under_way(self) -> int:
         """Return how many requests wait for a worker or are being served; for the engines."""
         return 0
+
+    def _is_under_way_here(self) -> bool:
+        """Say whether the calling thread is serving one of these requests; for the engines."""
+        return False
 
     def _close_listener(self) -> None:
         """Close the listener, and nothing else; for the families."""

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from portico.connection import borrowed
 from portico.deadlines import Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
 from portico.traffic import look, with_activity
@@ -55,8 +58,10 @@ class Timekeeper:
         self._deadlines = Deadlines(rules)
         self._pause = self._deadlines.first_look(0.0)
         self._rest = min(GATHERED, self._pause / 20)
-        self._lock = threading.Lock()  # guards is_asleep, _thread, and the two that follow
-        self._changed = threading.Event()
+        # Guards is_asleep, _thread, and the two at the end.  Re-entrant, because a signal handler
+        # that closes the server can interrupt the acceptor while it holds it.
+        self._lock = threading.RLock()
+        self._changes: SimpleQueue[None] = SimpleQueue()  # re-entrant, which no event is
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._is_stopped = False
@@ -78,7 +83,7 @@ class Timekeeper:
                     self.is_asleep = True
                 else:
                     self._thread = thread
-        self._changed.set()
+        self._changes.put(None)
 
     def close(self) -> None:
         """Look only as long as a connection is open; the thread ends then.
@@ -88,26 +93,29 @@ class Timekeeper:
         """
         with self._lock:
             self._is_closed = True
-        self._changed.set()
+        self._changes.put(None)
 
     def stop(self) -> None:
         """Look no more; the thread ends soon.  Callable from any thread, and again."""
         with self._lock:
             self._is_stopped = True
-        self._changed.set()
+        self._changes.put(None)
 
     def _run(self) -> None:
         while True:
-            self._changed.clear()
+            while not self._changes.empty():  # nobody else takes any out
+                self._changes.get()
             if self._may_end():
                 return
             if self.is_asleep:
-                self._changed.wait()
+                self._changes.get()
                 continue
             next_look = self.look_at_all(monotonic())
             # Whoever comes meanwhile is looked at after `_pause` at the latest, which is in time
             # for its first look.
-            self._changed.wait(max(self._rest, min(next_look - monotonic(), self._pause)))
+            with suppress(Empty):
+                patience = max(self._rest, min(next_look - monotonic(), self._pause))
+                self._changes.get(timeout=patience)
 
     def _may_end(self) -> bool:
         """Say whether the thread has nothing left to do; note if nobody is there to look at."""
@@ -143,7 +151,8 @@ class Timekeeper:
             connection.next_look = self._deadlines.first_look(connection.accepted)
             if connection.next_look > now:
                 return
-        traffic = look(connection.request)
+        with borrowed(connection) as sock:
+            traffic = look(sock)
         if traffic.received is None:
             traffic = with_activity(traffic, self._server._activity(connection))
         waits_to_read = self._server._waits_to_read(connection)

@@ -310,6 +310,13 @@ def test_joining_waits_for_each_and_forgets_it() -> None:
     assert list(threads) == []
 
 
+def test_a_thread_that_has_not_begun_is_not_waited_for() -> None:
+    """Who was about to start it is interrupted by the signal handler that waits."""
+    threads = _Threads([threading.Thread()])
+    threads.join()
+    assert list(threads) == []
+
+
 def test_a_thread_does_not_wait_for_itself() -> None:
     alive = Alive()
     threads = _Threads([threading.current_thread(), alive])

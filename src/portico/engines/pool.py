@@ -108,6 +108,9 @@ class ThreadPoolMixIn(Hooks):
     def _requests_under_way(self) -> int:
         return 0 if self._pool is None else self._pool.under_way
 
+    def _is_under_way_here(self) -> bool:
+        return self._pool is not None and self._pool.serves_here
+
     def server_close(self) -> None:
         """Close the listener, then wait as `block_on_close` says.
 
@@ -156,7 +159,9 @@ class Pool:
     def __init__(self, server: Any) -> None:
         """Make a pool without workers."""
         self._server = server
-        self._lock = threading.Lock()  # guards all that follows, and each worker's `task`
+        # Guards all that follows, and each worker's `task`.  Re-entrant, because a signal handler
+        # that closes the server can interrupt the acceptor while it holds it.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # there is room, or a worker left
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # the last one served last
@@ -181,6 +186,13 @@ class Pool:
         """Requests that are queued or served."""
         with self._lock:
             return len(self._queue) + len(self._workers) - len(self._idle)
+
+    @property
+    def serves_here(self) -> bool:
+        """Whether the calling thread is one of the workers."""
+        here = threading.current_thread()
+        with self._lock:
+            return any(worker.thread is here for worker in self._workers)
 
     @property
     def queued(self) -> int:
@@ -401,14 +413,16 @@ class Pool:
     def wait_ended(self) -> None:
         """Wait until every worker has ended, without limit.
 
-        In a handler, for the others, unless their handlers do the same.
+        In a handler, for the others, unless their handlers do the same.  In a signal handler not
+        for one that the thread below was about to start.
         """
         here = threading.current_thread()
         with self._lock:
             self._closers |= {worker for worker in self._workers if worker.thread is here}
             is_worker = any(worker.thread is here for worker in self._closers)
+            spared = self._closers if is_worker else frozenset[_Worker]()
             self._changed.notify_all()
-            while self._workers - self._closers if is_worker else self._workers:
+            while any(worker.thread.is_alive() for worker in self._workers - spared):
                 self._changed.wait()
             left = tuple(self._left)
         for thread in left:
@@ -425,7 +439,7 @@ class Pool:
 
     def abandon(self) -> None:
         """Forget, in a forked child, what belongs to the parent."""
-        self._lock = threading.Lock()  # somebody may have held it
+        self._lock = threading.RLock()  # somebody may have held it
         self._changed = threading.Condition(self._lock)
         self._workers.clear()
         self._idle.clear()

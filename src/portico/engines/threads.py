@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Final
@@ -23,7 +24,9 @@ class _Threads(list[threading.Thread]):
 
     def __init__(self, threads: Iterable[threading.Thread] = ()) -> None:
         super().__init__(threads)
-        self._lock = threading.Lock()  # guards the list against two that reap at once
+        # Guards the list against two that reap at once.  Re-entrant, because a signal handler that
+        # closes the server can interrupt the thread that holds it.
+        self._lock = threading.RLock()
         self._reap_at = REAP_AT
 
     def append(self, thread: threading.Thread) -> None:
@@ -42,7 +45,7 @@ class _Threads(list[threading.Thread]):
             try:
                 thread.start()
             except BaseException:
-                if self._remembers(thread):
+                with suppress(ValueError):  # it was not remembered, or has been taken out
                     self.remove(thread)  # nobody can wait for it
                 raise
 
@@ -54,11 +57,16 @@ class _Threads(list[threading.Thread]):
             return threads
 
     def join(self) -> None:
-        """Wait for every thread but the calling one, without limit."""
+        """Wait for every thread but the calling one, without limit.
+
+        Not for one that has not begun: who starts it was interrupted by the signal handler that
+        calls this, and goes on only after it.
+        """
         here = threading.current_thread()
         for thread in self.pop_all():
             if thread is not here:
-                thread.join()
+                with suppress(RuntimeError):  # what `Thread.join` raises for one that has not begun
+                    thread.join()
 
     def reap(self) -> None:
         """Forget the threads that have ended."""
@@ -177,6 +185,13 @@ class ThreadingMixIn(Hooks):
             return waited_for
         under_way.reap()
         return waited_for + len(under_way)
+
+    def _is_under_way_here(self) -> bool:
+        here = threading.current_thread()
+        return any(
+            isinstance(threads, list) and here in threads
+            for threads in (self._threads, self._under_way)
+        )
 
     def server_close(self) -> None:
         """Close the listener, then wait for the threads as `block_on_close` says.

@@ -43,6 +43,8 @@ else:
 PLAIN_FAMILIES: Final = frozenset({"portico.families", "socketserver"})
 """Modules whose `TCPServer.get_request` accepts a connection and does nothing else."""
 
+_fileno: Final = socket.socket.fileno  # not the method of a green socket, which sends first
+
 EVENT_INTERVAL: Final = 0.01
 """Seconds between two looks of a greenlet at an event that another thread sets."""
 
@@ -197,7 +199,9 @@ class GreenMixIn(_Base):
 
     def _waits_to_read(self, connection: Connection) -> bool | None:
         request = connection.request
-        return request.watch.reader is not None if isinstance(request, GreenSocket) else None
+        if not isinstance(request, GreenSocket) or _fileno(request) < 0:  # another object has it
+            return None
+        return request.watch.reader is not None
 
     def _activity(self, connection: Connection) -> int | None:
         request = connection.request

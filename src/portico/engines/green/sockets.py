@@ -571,6 +571,11 @@ class GreenSocket(socket.socket):
             self.outbox.send()  # whoever asks may write to it directly
         return _fileno(self)
 
+    @property
+    def descriptor(self) -> int:
+        """The number of its descriptor, also after another object took that over."""
+        return self.watch.fd
+
     def shutdown(self, how: int, /) -> None:
         if self.outbox is not None:
             self.outbox.send_collected()
