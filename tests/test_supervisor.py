@@ -231,11 +231,14 @@ def test_when_another_worker_starts_is_said_once_and_not_of_one_that_went_as_ask
     assert capsys.readouterr().err == ""
 
 
-def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alone(
-    tmp_path: Path,
+@pytest.mark.parametrize("workers", [1, None])
+def test_a_successor_that_does_not_serve_yet_ends_with_its_predecessor(
+    tmp_path: Path, workers: int | None
 ) -> None:
-    with supervised(tmp_path, waiting_for(tmp_path / "gate"), workers=1) as program:
-        program.wait_ready(1)
+    """At once, and who is connected has the time of the drain."""
+    source, pid_file = waiting_for(tmp_path / "gate"), tmp_path / "pid"
+    with supervised(tmp_path, source, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
         with program.connect() as client:
             client.sendall(b"who\n")
             assert client.recv(64)
@@ -244,18 +247,26 @@ def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alon
             settings.unlink()
             os.mkfifo(settings)
             program.send(signal.SIGUSR2)
-            program.wait_for("starts another supervisor")
+            program.wait_for("starts another")
             program.send(signal.SIGTERM)
-            program.wait_for(r"the other supervisor was killed by SIGTERM before it served$")
+            program.wait_for(r"the other \w+ was killed by SIGTERM before it served$")
             (tmp_path / "gate").touch()
             assert client.recv(64) == b"slow\n"
         program.wait_silent()
+        assert program.wait_ended() == 0
+        assert not program.find("cut off")
+        assert not pid_file.exists()
 
 
-def test_limits_of_time_may_be_longer_than_the_system_waits_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, None])
+def test_limits_of_time_may_be_longer_than_the_system_waits_at_once(
+    tmp_path: Path, workers: int | None
+) -> None:
     month = 30 * 24 * 3600
-    with supervised(tmp_path, worker_timeout=month, start_timeout=1e300) as program:
-        program.wait_ready(2)
+    with supervised(
+        tmp_path, workers=workers, worker_timeout=month, start_timeout=1e300
+    ) as program:
+        program.wait_ready(workers or 0)
         assert program.ask() == b"hello\n"
         program.write(SECOND)
         hand_over(program)
@@ -1039,6 +1050,25 @@ def test_it_stays_when_its_successor_cannot_serve(tmp_path: Path) -> None:
         program.wait_for(
             "the other process exited with status 2 before it served; this one goes on"
         )
+        assert program.ask() == b"hello\n"
+        program.stop()
+        assert program.wait_ended() == 0
+
+
+def test_it_hears_other_signals_while_its_successor_starts(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=None) as program:
+        program.wait_ready(0)
+        settings = tmp_path / "settings.json"
+        settings.unlink()
+        os.mkfifo(settings)
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another process")
+        program.send(signal.SIGUSR1)
+        program.wait_for("has opened its log again")
+        program.send(signal.SIGHUP)
+        program.wait_for("has read its certificates again")
+        program.send(signal.SIGUSR2)
+        program.wait_for(r"another process \(process \d+\) is starting already")
         assert program.ask() == b"hello\n"
         program.stop()
         assert program.wait_ended() == 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,7 +18,7 @@ import time
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +39,7 @@ END_PATIENCE: Final = 1.0
 """Seconds that an heir has to end in which has closed its channel, before it is killed."""
 
 LOOK_INTERVAL: Final = 0.05
-"""Seconds between two looks at whether an heir has ended, where no signal tells."""
+"""Seconds between two looks at whether an heir has ended that has no more to say."""
 
 LONGEST_WAIT: Final = 3600.0
 """Seconds of one wait, however far the deadline is: poll(2) takes no more than 24 days."""
@@ -185,6 +184,13 @@ class Heir:
         """Whether it has taken over."""
         return self.taken is not None
 
+    @property
+    def due(self) -> float:
+        """The instant at which `attend` is to be called at the latest; never, if it is ``inf``."""
+        if self.is_serving or self.end:
+            return inf
+        return min(self.deadline, time.monotonic() + LOOK_INTERVAL if self._is_silent else inf)
+
     def fileno(self) -> int | None:
         """Return what is readable when it says something; ``None`` if it has no more to say."""
         return None if self._is_silent or self.is_serving else self.channel.fileno()
@@ -202,18 +208,6 @@ class Heir:
                 self._kill()
             self._collect()
         return self.is_serving or bool(self.end)
-
-    def wait(self) -> bool:
-        """Wait until its fate is settled; return whether it serves."""
-        while not self.attend():
-            poll = select.poll()
-            number = self.fileno()
-            if number is not None:
-                poll.register(number, select.POLLIN)
-            longest = LOOK_INTERVAL if number is None else LONGEST_WAIT
-            pause = min(self.deadline - time.monotonic(), longest)
-            poll.poll(ceil(max(0.0, pause) * 1000))
-        return self.is_serving
 
     def stop(self) -> None:
         """Have it end, if it does not serve: nobody is left to take over from."""

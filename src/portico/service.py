@@ -115,6 +115,8 @@ class Service:
         self._is_stopping = False
         self._is_ending_at_once = False
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
+        self.on_stop: Callable[[], object] = _nothing
+        """Called by `stop`, in any thread and signal handler; not to wait there."""
         self._wakeup: Wakeup | None = None
         self._poll_interval = POLL_INTERVAL
         self._pulse: Rounds | None = None
@@ -244,6 +246,7 @@ class Service:
         wakeup = self._wakeup
         if wakeup is not None:
             wakeup.wake()
+        self.on_stop()
 
     def close(self) -> None:
         """Close the servers, and end the processes that still serve.  Callable again."""
@@ -420,6 +423,10 @@ def serve(
 def _longest(timeouts: Iterable[float | None]) -> float | None:
     """Return the longest of several times; ``None`` stands for no limit."""
     return max(timeouts, key=lambda timeout: inf if timeout is None else timeout)
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _close(server: AdoptingMixIn) -> None:

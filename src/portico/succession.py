@@ -117,7 +117,7 @@ class Succession:
     @property
     def deadline(self) -> float:
         """The instant at which `attend` is to be called at the latest."""
-        return inf if self._heir is None or self.has_handed_over else self._heir.deadline
+        return inf if self._heir is None else self._heir.due
 
     def fileno(self) -> int | None:
         """Return what is readable when `attend` is to be called; ``None`` for nothing."""
@@ -167,14 +167,6 @@ class Succession:
         heir = self._heir
         if heir is None or heir.is_serving or not heir.attend():
             return False
-        return self._settle(heir)
-
-    def wait(self) -> bool:
-        """Wait for what `attend` sees."""
-        heir = self._heir
-        if heir is None or heir.is_serving:
-            return False
-        heir.wait()
         return self._settle(heir)
 
     def stop(self) -> None:
