@@ -562,6 +562,39 @@ def test_a_reload_that_fails_leaves_a_unix_socket_to_those_who_have_it(tmp_path:
         program.stop()
 
 
+LOSING_GROUPS = """
+import grp, os
+
+def getgrnam(name):
+    if os.path.exists({lost!r}):
+        raise KeyError(name)
+    return grp.struct_group((name, "x", os.getgid(), []))
+
+grp.getgrnam = getgrnam
+"""
+
+
+def test_the_owners_of_a_unix_socket_are_looked_up_once_in_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who tells of them, as a directory in the network does, may be gone when it serves."""
+    path, lost = tmp_path / "echo", tmp_path / "lost"
+    (tmp_path / "sitecustomize.py").write_text(LOSING_GROUPS.format(lost=str(lost)))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    settings = {"socket_group": "web"}
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",), settings=settings) as program:
+        program.wait_ready(1)
+        with_settings(program, socket_mode="0620")
+        program.write(f"open({str(lost)!r}, 'w').close()\n{SECOND}")
+        program.send(signal.SIGHUP)
+        program.wait_for("serves as reloaded")
+        assert mode_of(path) == 0o620
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before: socket_group='web'")
+        program.stop()
+        assert program.wait_ended() == 0
+
+
 def test_a_reload_says_that_it_cannot_change_who_may_use_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "echo"
     with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",)) as program:

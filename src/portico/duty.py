@@ -43,8 +43,12 @@ def expanded(services: Sequence[ServiceSettings]) -> tuple[ServiceSettings, ...]
 
 
 def openings(services: Sequence[ServiceSettings]) -> list[Opening]:
-    """Return where the listeners of all services are, in the order of `assign`."""
-    return [Opening(address, each.settings) for each in services for address in each.addresses]
+    """Return where the listeners of all services are, in the order of `assign`.
+
+    Raises:
+        SettingError: There is no such owner of a Unix socket.
+    """
+    return [Opening.of(address, each.settings) for each in services for address in each.addresses]
 
 
 def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:

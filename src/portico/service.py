@@ -97,7 +97,8 @@ class Service:
             CertificateError: A certificate or key cannot be used.
             CountersError: An address has no station.
             ListenerError: An address cannot be had.
-            SettingError: There is a TLS address and no certificate, or the other way round.
+            SettingError: There is a TLS address and no certificate, or the other way round, or no
+                such owner of a Unix socket.
         """
         share, limit = len(assignments), descriptor_limit()
         # By identity: assignments share their settings, and those share one look at their files.
@@ -123,7 +124,7 @@ class Service:
         with ExitStack() as closing:
             if listeners is None:
                 listeners = open_listeners(
-                    [Opening(each.address, each.settings) for each in assignments]
+                    [Opening.of(each.address, each.settings) for each in assignments]
                 )
             for each in listeners:
                 closing.callback(each.close)

@@ -336,7 +336,8 @@ class Supervisor:
             say("cannot hand over before it serves")
             return
         reading = self._readings[self._serving.number]
-        pairs = list(zip(reading.addresses, reading.listeners, strict=True))
+        addresses = [each.address for each in reading.wanted]
+        pairs = list(zip(addresses, reading.listeners, strict=True))
         self._succession.begin(pairs, reading.process, self._counters)
 
     def _want(self, more: int) -> None:
@@ -369,7 +370,7 @@ class Supervisor:
             self._last_number,
             replace(configuration, services=services),
             listeners,
-            tuple(each.address for each in wanted),
+            tuple(wanted),
         )
         count = self._count_for(process)
         self._upcoming = Generation(self._last_number, count, _limits(configuration))
@@ -399,7 +400,7 @@ class Supervisor:
         addresses = ", ".join(str(each.address) for each in reading.listeners)
         if is_first:
             self._has_former = self._succession.take_over()
-        self._listeners.settle(openings(reading.configuration.services), reading.listeners)
+        self._listeners.settle(reading.wanted, reading.listeners)
         if is_first:
             for each in reading.listeners:
                 say(f"ready on {each.address}")
