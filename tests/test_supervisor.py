@@ -803,6 +803,29 @@ def test_every_successor_has_the_pid_file_open(tmp_path: Path, workers: int | No
         assert not pid_file.exists()
 
 
+@pytest.mark.parametrize("workers", [1, None])
+def test_who_has_handed_over_tells_systemd_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None
+) -> None:
+    """It would be taken for what its successor tells."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with supervised(tmp_path, workers=workers) as program:
+            program.wait_ready(workers or 0)
+            hand_over(program)
+            assert program.wait_ended() == 0
+            assert program.ask() == b"hello\n"  # so its loop has begun
+            program.stop()
+        systemd.setblocking(False)
+        told: list[str] = []
+        with suppress(BlockingIOError):
+            while True:
+                told.append(systemd.recv(4096).decode().partition("=")[0])
+    assert sorted(told) == ["MAINPID", "READY", "READY", "STOPPING"]
+    assert told[-1] == "STOPPING"
+
+
 def inheritable(process: int) -> list[str]:
     """Return what programs that a process starts would have open, beside the standard streams."""
     found: list[str] = []
