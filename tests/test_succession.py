@@ -8,6 +8,7 @@ import pytest
 
 from portico.channel import Channel
 from portico.configuration import ProcessSettings
+from portico.directory import Directory
 from portico.handover import Heritage
 from portico.listeners import Listeners
 from portico.succession import Succession
@@ -16,7 +17,7 @@ from tests.support import nothing_left_behind
 
 
 def succession(heritage: Heritage | None = None) -> Succession:
-    return Succession("process", Listeners(), Notifier.take({}), heritage)
+    return Succession("process", Listeners(), Notifier.take({}), heritage, Directory.current())
 
 
 def test_without_anybody_before_and_after_there_is_nothing_to_do() -> None:

@@ -25,6 +25,7 @@ from typing import Any, Final
 from portico.address import Address, BoundAddress, DescriptorAddress, parse
 from portico.channel import Channel
 from portico.counters import Counters
+from portico.directory import Directory
 from portico.errors import PorticoError
 from portico.listener import OpenListener
 from portico.place import Place
@@ -43,6 +44,13 @@ LOOK_INTERVAL: Final = 0.05
 
 LONGEST_WAIT: Final = 3600.0
 """Seconds of one wait, however far the deadline is: poll(2) takes no more than 24 days."""
+
+
+ENTER: Final = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
+"""A program that goes to another directory and starts another program there.
+
+This process may serve, and where it is then is what its handlers rely on; and posix_spawn(3) has no
+word for it."""
 
 
 class HandoverError(PorticoError, OSError):
@@ -252,6 +260,7 @@ def start_heir(
     variables: Mapping[str, str] | None = None,
     timeout: float | None = None,
     pid_file: int | None = None,
+    directory: Directory | None = None,
 ) -> Heir:
     """Start the command line of this process again, and let it have what this one holds.
 
@@ -261,17 +270,21 @@ def start_heir(
         variables: More for its environment.
         timeout: Seconds until it has to serve; ``None`` for no limit.
         pid_file: The descriptor of the pid file, if there is one.
+        directory: Where it starts; ``None`` for the current one.
 
     Raises:
-        OSError: The system refuses.
+        OSError: The system refuses, or there is no such directory any more.
     """
+    command = [sys.executable, *sys.orig_argv[1:]]
+    if directory is not None and directory.is_left():
+        command = [sys.executable, "-ISc", ENTER, str(directory.path), *command]
     ours, theirs = Channel.pair()
     try:
         own = (theirs.fileno(),) if pid_file is None else (theirs.fileno(), pid_file)
         with ExitStack() as lent:
             lent.enter_context(_inheritable(*own, *_descriptors(listeners)))
             text = None if counters is None else lent.enter_context(counters.inheritable())
-            process = _spawn(theirs, listeners, text, pid_file, variables or {})
+            process = _spawn(command, theirs, listeners, text, pid_file, variables or {})
     except BaseException:
         ours.close()
         raise
@@ -292,6 +305,7 @@ def said_end(status: int) -> str:
 
 
 def _spawn(
+    command: list[str],
     channel: Channel,
     listeners: Sequence[tuple[Address, OpenListener]],
     counters: str | None,
@@ -314,7 +328,6 @@ def _spawn(
             if not address.scheme.is_inherited  # which the heir opens by its number, as we did
         ],
     }
-    command = [sys.executable, *sys.orig_argv[1:]]
     environment = {**os.environ, **variables, VARIABLE: json.dumps(told)}
     return os.posix_spawn(
         sys.executable,

@@ -26,6 +26,7 @@ from portico.announcement import Announcement, ready_on
 from portico.configuration import Configuration
 from portico.console import say
 from portico.descriptors import raise_descriptor_limit
+from portico.directory import Directory
 from portico.duty import assign, expanded, logged, openings, report, say_counts
 from portico.handover import LONGEST_WAIT, Heritage
 from portico.listener import OpenListener
@@ -54,15 +55,20 @@ class Soloist:
         configuration: What to serve.
         notifier: Tells systemd.
         heritage: What a predecessor has left; ``None`` if there is none.
+        directory: Where a successor starts.
     """
 
     def __init__(
-        self, configuration: Configuration, notifier: Notifier, heritage: Heritage | None
+        self,
+        configuration: Configuration,
+        notifier: Notifier,
+        heritage: Heritage | None,
+        directory: Directory,
     ) -> None:
         self._configuration = configuration
         self._notifier = notifier
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
-        self._succession = Succession("process", self._listeners, notifier, heritage)
+        self._succession = Succession("process", self._listeners, notifier, heritage, directory)
         self._succession.decline_counters()
         self._process = os.getpid()
         self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it

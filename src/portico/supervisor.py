@@ -15,7 +15,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from math import ceil, inf
 from typing import Final, TypeAlias
@@ -25,6 +25,7 @@ from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
 from portico.descriptors import raise_descriptor_limit
+from portico.directory import Directory, DirectoryError
 from portico.duty import counted, described, expanded, log_kept, openings, say_counts
 from portico.errors import PorticoError
 from portico.handover import LONGEST_WAIT, Heritage
@@ -93,6 +94,7 @@ class Supervisor:
         configuration: What it has read.
         notifier: Tells systemd.
         heritage: What a predecessor has left; ``None`` if there is none.
+        directory: Where workers and a successor start; ``None`` for the current one.
     """
 
     def __init__(
@@ -101,11 +103,15 @@ class Supervisor:
         configuration: Configuration,
         notifier: Notifier,
         heritage: Heritage | None = None,
+        directory: Directory | None = None,
     ) -> None:
         self._load = load
+        self._directory = Directory.current() if directory is None else directory
         self._notifier = notifier
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
-        self._succession = Succession("supervisor", self._listeners, notifier, heritage)
+        self._succession = Succession(
+            "supervisor", self._listeners, notifier, heritage, self._directory
+        )
         self._signals = SignalPipe(SIGNALS)
         self._workers = Workers(self._change, self._let_go)
         self._readings: dict[int, Reading] = {}
@@ -191,6 +197,8 @@ class Supervisor:
     def _carry_out(self, action: object) -> None:
         match action:
             case Start(generation):
+                with suppress(DirectoryError):  # it imports what it can from where it is
+                    self._directory.enter()
                 self._workers.start(self._readings[generation], self._wanted_of(generation))
             case Drain(worker, reason):
                 self._workers.drain(worker, self._rest_of, reason)
