@@ -582,6 +582,18 @@ def test_wrong_input_gets_one_line_and_status_2(
     assert sorted(path.name for path in tmp_path.glob("a*")) == ["application.py"]
 
 
+@pytest.mark.parametrize("more", [[], ["--workers", "1"]])
+def test_a_descriptor_of_its_own_is_not_taken_for_an_inherited_one(
+    tmp_path: Path, more: list[str]
+) -> None:
+    """The first that it opens would be the third."""
+    (tmp_path / "application.py").write_text(PROGRAM)
+    arguments = ["application:Echo", "tcp://127.0.0.1:0", "fd://3", *more]
+    ended = run("serve", *arguments, folder=tmp_path)
+    reason = "cannot listen on fd://3: this process was started without a descriptor 3"
+    assert (ended.returncode, ended.stderr) == (2, f"portico: error: {reason}\n")
+
+
 def test_the_current_directory_is_left_out_where_python_leaves_it_out(tmp_path: Path) -> None:
     (tmp_path / "application.py").write_text(PROGRAM)
     ended = run("serve", "application:Echo", "tcp://:0", folder=tmp_path, PYTHONSAFEPATH="1")
