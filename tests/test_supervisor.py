@@ -562,6 +562,23 @@ def test_a_reload_that_fails_leaves_a_unix_socket_to_those_who_have_it(tmp_path:
         program.stop()
 
 
+@pytest.mark.parametrize("workers", [1, None])
+def test_a_unix_socket_whose_path_is_no_text_is_served(tmp_path: Path, workers: int | None) -> None:
+    path = tmp_path / os.fsdecode(b"no text: \xff")
+    with supervised(tmp_path, workers=workers, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(workers or 0)
+        for number in range(2):
+            with Client(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(str(path))
+                client.sendall(b"hello\n")
+                assert client.recv(64) == b"hello\n"
+            if number == 0:
+                hand_over(program)
+                assert program.wait_ended() == 0
+        program.stop()
+        assert not path.exists()
+
+
 LOSING_GROUPS = """
 import grp, os
 
