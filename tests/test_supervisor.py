@@ -904,6 +904,38 @@ def test_one_successor_at_a_time_and_none_before_it_serves(tmp_path: Path) -> No
         assert program.wait_ended() == 0
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_successor_starts_when_a_reload_has_ended(tmp_path: Path, *, works: bool) -> None:
+    """It would find what the reload has opened in use, and not have inherited it."""
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        (service,) = program.told["services"]
+        addresses = [*service["addresses"], f"unix:{path}"]
+        program.write(importing_slowly(tmp_path), services=[service | {"addresses": addresses}])
+        program.send(signal.SIGHUP)
+        eventually((tmp_path / "begun").exists)
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another supervisor when the reload has ended")
+        if works:
+            (tmp_path / "gate").touch()
+            program.wait_for("serves as reloaded")
+        else:
+            worker = next(
+                each for each in children_of(program.pid) if int(each) not in program.workers()
+            )
+            program.write(SECOND)
+            os.kill(int(worker), signal.SIGKILL)
+            program.wait_for("cannot reload, and serves as before")
+        program.pid = int(program.wait_for(r"leaves everything to process (\d+)")[1])
+        assert program.wait_ended() == 0
+        with Client(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+            client.sendall(b"hello\n")
+            assert client.recv(64) == (b"hello\n" if works else b"second hello\n")
+        program.stop()
+
+
 @pytest.mark.parametrize("workers", [1, None])
 def test_a_successor_that_hangs_is_killed_and_another_one_can_be_tried(
     tmp_path: Path, workers: int | None

@@ -122,6 +122,7 @@ class Supervisor:
         self._is_told_to_end = False
         self._has_ended = False
         self._reload_is_due = False
+        self._hand_over_is_due = False
         self._failure = ""
         self._has_former = False
         self._first = configuration
@@ -339,9 +340,17 @@ class Supervisor:
         self._notifier.status(described(totals.sum))
 
     def _hand_over(self) -> None:
-        """Start another supervisor, which is to take over."""
+        """Start another supervisor, which is to take over; after the reload that is under way.
+
+        What that has opened is not to be handed on before it serves, and the other one would find
+        it in use.
+        """
         if self._serving is None:
             say("cannot hand over before it serves")
+            return
+        self._hand_over_is_due = self._upcoming is not None
+        if self._hand_over_is_due:
+            say("starts another supervisor when the reload has ended")
             return
         reading = self._readings[self._serving.number]
         addresses = [each.address for each in reading.wanted]
@@ -415,8 +424,7 @@ class Supervisor:
         else:
             say(f"serves as reloaded (generation {upcoming.number}); earlier workers drain")
         self._notifier.ready(f"ready on {addresses}")
-        if self._reload_is_due:
-            self._reload()
+        self._go_on()
 
     def _give_up(self, reason: str) -> None:
         """Forget the upcoming generation."""
@@ -426,9 +434,15 @@ class Supervisor:
             self._failure = reason
         else:
             self._failed_reload(reason)
-            if self._reload_is_due:
-                self._reload()
+            self._go_on()
         self._tidy()
+
+    def _go_on(self) -> None:
+        """Do what was asked for during a reload that has ended."""
+        if self._reload_is_due:
+            self._reload()
+        if self._hand_over_is_due and self._upcoming is None and self._stop is Stop.NOT:
+            self._hand_over()
 
     def _tidy(self) -> None:
         """Forget the readings from whose listeners nobody accepts any more, and close these.
