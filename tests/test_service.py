@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import portico
-from portico import address, descriptors, events, service
+from portico import address, descriptors, events, service, signals
 from portico.address import InternetAddress, UnixAddress
 from portico.engines import ENGINES
 from portico.errors import ListenerError, SettingError
@@ -533,6 +533,7 @@ def test_a_handler_that_holds_the_loop_is_interrupted(
 ) -> None:
     """At the second signal, or else when its time is up."""
     monkeypatch.setattr(service, "STOP_PATIENCE", 0.1)
+    monkeypatch.setattr(signals, "SAME_WISH", 0)
     ended: list[BaseException] = []
 
     def handler(_: object, __: object, ___: object) -> None:
@@ -555,8 +556,11 @@ def test_a_handler_that_holds_the_loop_is_interrupted(
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_second_signal_ends_the_drain_at_once(number: int) -> None:
+def test_a_second_signal_ends_the_drain_at_once(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     """Who waits for a handler in another thread is told by the count."""
+    monkeypatch.setattr(signals, "SAME_WISH", 0)
     release, entered = threading.Event(), threading.Event()
 
     def handler(_: object, __: object, ___: object) -> None:
@@ -585,6 +589,28 @@ def test_a_second_signal_ends_the_drain_at_once(number: int) -> None:
             release.set()
         stopping.result()
     assert (done(tally), tally.drained) == ((first, 0, 0, 1), None)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_second_signal_that_comes_with_the_first_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(signals, "SAME_WISH", 1e9)
+    entered = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def handler(_: object, __: object, ___: object) -> None:
+        entered.set()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.pthread_kill(main, signum)
+        assert made.servers[0].draining.wait(PATIENCE)
+
+    made = serving(*[LOOPBACK] * number, handler=handler, drain_timeout=None)
+    with made.stopped_by_signals(), connect(made.addresses[0]):
+        tally, *_ = made.run()
+    assert entered.is_set()
+    assert done(tally) == (made.addresses[0], 1, 0, 0)
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -83,7 +83,7 @@ def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
 
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with supervised(tmp_path, settings={"drain_timeout": None}) as program:
+    with supervised(tmp_path, settings={"drain_timeout": None}, same_wish=0) as program:
         program.wait_ready(2)
         with program.connect() as client:
             client.sendall(b"hello")  # half of a line: it is not idle
@@ -93,6 +93,29 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
             program.wait_silent()
             assert program.wait_ended() == 0
             assert program.find("stops at once")
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_two_signals_that_come_together_are_one(tmp_path: Path, workers: int | None) -> None:
+    """As timeout(1) sends them: to the program, and to the group that the program is in."""
+    source = waiting_for(tmp_path / "gate")
+    settings = {"drain_timeout": None}
+    with supervised(tmp_path, source, workers=workers, settings=settings, same_wish=1e9) as program:
+        program.wait_ready(workers or 0)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            assert client.recv(64)
+            client.sendall(b"slow\n")
+            program.send(signal.SIGTERM)
+            eventually(lambda: refuses(program))  # it has heard the first
+            program.send(signal.SIGTERM)
+            program.send(signal.SIGUSR1)
+            program.wait_for("has opened its log again")  # and the second
+            (tmp_path / "gate").touch()
+            assert client.recv(64) == b"slow\n"
+        program.wait_silent()
+        assert program.wait_ended() == 0
+        assert not program.find("at once|cut off")
 
 
 def test_ctrl_c_is_the_supervisors(tmp_path: Path) -> None:
@@ -757,7 +780,7 @@ def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
     tmp_path: Path, times: int
 ) -> None:
     gate = tmp_path / "gate"
-    with supervised(tmp_path, waiting_for(gate), workers=1) as program:
+    with supervised(tmp_path, waiting_for(gate), workers=1, same_wish=0) as program:
         program.wait_ready(1)
         first = program.pid
         with program.connect() as client:

@@ -35,6 +35,7 @@ from portico.opening import Opening, open_listeners, station_names
 from portico.places import SharedPlaces
 from portico.rounds import Rounds
 from portico.settings import Settings, SettingValues
+from portico.signals import Wish
 from portico.tally import Counter, Tally, count
 from portico.target import Handler, check_scheme
 
@@ -259,9 +260,10 @@ class Service:
     ) -> Generator[None]:
         """Stop at these signals while the block runs; in the main thread.
 
-        The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
-        thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
-        not ended `STOP_PATIENCE` seconds after the time of the drain.
+        The first drains, a second one ends at once, unless it comes with the first (`SAME_WISH`):
+        `KeyboardInterrupt` is raised in what the main thread does.  So it is when a handler that
+        runs in the main thread, and holds the loop, has not ended `STOP_PATIENCE` seconds after the
+        time of the drain.
 
         Args:
             numbers: Which.
@@ -270,6 +272,7 @@ class Service:
         """
         process = os.getpid()
         timeout = self._drain_timeout
+        wish = Wish()
         before: dict[int, Any] = {}
         alarm: tuple[float, float] | None = None
 
@@ -282,8 +285,9 @@ class Service:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
                 return
-            is_first = not self._is_stopping
-            if is_first:
+            ends_at_once = number in {*at_once, signal.SIGALRM}
+            is_again = not ends_at_once and wish.comes_again() and not at_once
+            if not self._is_stopping:
                 if timeout is not None:
                     # An alarm, and not a thread that waits, because a signal handler may come in
                     # between any two steps of starting one.
@@ -291,7 +295,7 @@ class Service:
                     seconds = min(timeout + STOP_PATIENCE, LONGEST_ALARM)
                     alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
                 self.stop()
-            if number in {*at_once, signal.SIGALRM} or not (is_first or at_once):
+            if ends_at_once or is_again:
                 self._interrupt(number)
 
         for number in (*numbers, *at_once):
@@ -383,7 +387,7 @@ def serve(
 ) -> list[Tally]:
     """Serve a handler at each address, with every protection on, until the service is stopped.
 
-    In the main thread SIGINT and SIGTERM stop it: the first drains, a second one ends at once.  In
+    In the main thread SIGINT and SIGTERM stop it: the first drains, a later one ends at once.  In
     another thread, where no signal arrives, it serves until each server was drained or shut down:
     a handler can do that (``self.server.drain()``), and so can whoever `events.ServerStarted` has
     told of the server.

@@ -33,7 +33,7 @@ from portico.listeners import Listeners
 from portico.logfile import reopen_all
 from portico.opening import station_names
 from portico.service import STOP_PATIENCE
-from portico.signals import SignalPipe
+from portico.signals import SignalPipe, Wish
 from portico.succession import Succession
 from portico.supervision import (
     Adopt,
@@ -120,6 +120,7 @@ class Supervisor:
         self._last_number = 0
         self._stop = Stop.NOT
         self._is_told_to_end = False
+        self._wish_to_end = Wish()
         self._has_ended = False
         self._reload_is_due = False
         self._hand_over_is_due = False
@@ -287,8 +288,9 @@ class Supervisor:
 
         A hand-over begins to end, too, and is none of the times.
         """
+        is_again = self._wish_to_end.comes_again()
         if self._is_told_to_end:
-            if self._stop is not Stop.NOW:
+            if is_again and self._stop is not Stop.NOW:
                 say(f"stops at once ({why} again)")
                 self._stop = Stop.NOW
             return

@@ -100,6 +100,15 @@ class Limits(portico.StreamRequestHandler):
 """
 
 
+HASTY = """
+import portico.signals
+from application import *
+
+portico.signals.SAME_WISH = 0
+"""
+"""The same, where every signal is a wish of its own, however soon it comes after another."""
+
+
 class Command:
     """A `portico serve` that is ready."""
 
@@ -339,7 +348,8 @@ def test_a_handler_that_holds_the_serving_thread_is_interrupted(
     tmp_path: Path, again: bool
 ) -> None:
     """On the serial engine the handler runs where the signal arrives."""
-    arguments = ["application:Stubborn", "tcp://127.0.0.1:0", "--engine", "serial"]
+    (tmp_path / "hasty.py").write_text(HASTY)
+    arguments = ["hasty:Stubborn", "tcp://127.0.0.1:0", "--engine", "serial"]
     arguments += ["--drain-timeout", "600" if again else "0"]
     with serve(tmp_path, *arguments) as command, connect(command.addresses[0]) as client:
         assert client.recv(2) == b"in"
@@ -377,8 +387,9 @@ def test_a_signal_lets_a_busy_client_be_answered(tmp_path: Path, engine: str, sc
 @pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_second_signal_ends_the_command_at_once(tmp_path: Path, engine: str, number: int) -> None:
+    (tmp_path / "hasty.py").write_text(HASTY)
     addresses = ["tcp://127.0.0.1:0"] * number
-    arguments = ["application:Work", *addresses, "--engine", engine, "--drain-timeout", "none"]
+    arguments = ["hasty:Work", *addresses, "--engine", engine, "--drain-timeout", "none"]
     with (
         serve(tmp_path, *arguments, addresses=number) as command,
         connect(command.addresses[0]) as client,
