@@ -556,11 +556,22 @@ def test_a_handler_that_holds_the_loop_is_interrupted(
 
 
 @pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("after_its_own", [True, False])
 def test_a_second_signal_ends_the_drain_at_once(
-    monkeypatch: pytest.MonkeyPatch, number: int
+    monkeypatch: pytest.MonkeyPatch, number: int, after_its_own: bool
 ) -> None:
-    """Who waits for a handler in another thread is told by the count."""
+    """Who waits for a handler in another thread is told by the count.
+
+    One that the service has sent itself is none of the two.
+    """
     monkeypatch.setattr(signals, "SAME_WISH", 0)
+    comes_again, heard = signals.Wish.comes_again, threading.Semaphore(0)
+
+    def note(wish: signals.Wish) -> bool:
+        heard.release()
+        return comes_again(wish)
+
+    monkeypatch.setattr(signals.Wish, "comes_again", note)
     release, entered = threading.Event(), threading.Event()
 
     def handler(_: object, __: object, ___: object) -> None:
@@ -575,8 +586,13 @@ def test_a_second_signal_ends_the_drain_at_once(
     def stop_twice() -> None:
         with connect(first):
             assert entered.wait(PATIENCE)
+            if after_its_own:
+                made.stop_by_signal()
+                assert heard.acquire(timeout=PATIENCE)
             signal.pthread_kill(main, signal.SIGTERM)
+            assert heard.acquire(timeout=PATIENCE)
             assert made._servers[0].draining.wait(PATIENCE)
+            assert not release.is_set()
             signal.pthread_kill(main, signal.SIGTERM)
             assert release.wait(PATIENCE)
 

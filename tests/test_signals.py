@@ -35,7 +35,7 @@ def test_it_leaves_nothing_behind() -> None:
 
 
 def test_signals_that_come_together_are_one_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As timeout(1) sends them; whoever means it comes back later."""
+    """As timeout(1) sends them; who means another one takes longer."""
     now = 5.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     wish = Wish()
@@ -44,3 +44,12 @@ def test_signals_that_come_together_are_one_wish(monkeypatch: pytest.MonkeyPatch
     assert not wish.comes_again()
     now += SAME_WISH / 2
     assert wish.comes_again()
+
+
+def test_a_signal_of_its_own_is_none_of_those_that_tell_of_the_wish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("portico.signals.SAME_WISH", 0)
+    wish = Wish()
+    wish.leave_out_one()
+    assert [wish.comes_again() for _ in range(3)] == [False, False, True]

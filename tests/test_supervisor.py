@@ -775,30 +775,33 @@ def test_places_of_a_predecessor_that_is_killed_are_free_again(tmp_path: Path) -
         program.stop()
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(("workers", "times"), [(1, 1), (1, 2), (None, 1)])
 def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
-    tmp_path: Path, times: int
+    tmp_path: Path, workers: int | None, times: int
 ) -> None:
     gate = tmp_path / "gate"
-    with supervised(tmp_path, waiting_for(gate), workers=1, same_wish=0) as program:
-        program.wait_ready(1)
+    with supervised(tmp_path, waiting_for(gate), workers=workers, same_wish=0) as program:
+        program.wait_ready(workers or 0)
         first = program.pid
         with program.connect() as client:
             client.sendall(b"who\n")
             assert client.recv(64)
             client.sendall(b"slow\n")
             hand_over(program)
-            os.kill(first, signal.SIGTERM)
-            program.wait_for(r"stops \(SIGTERM\)")
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(first, number)
+            program.wait_for("has opened its log again")
             if times == 1:
                 gate.touch()
                 assert client.recv(64) == b"slow\n"
             else:
+                program.wait_for(r"stops \(SIGTERM\)")
                 os.kill(first, signal.SIGTERM)
                 program.wait_for(r"stops at once \(SIGTERM again\)")
                 assert goodbye(client) == b""
-        program.wait_for("has handed over after")
         assert program.wait_ended() == 0
+        assert times == 2 or not program.find("cut off")
+        assert not workers or program.find("has handed over after")
         program.stop()
 
 

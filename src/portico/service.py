@@ -116,6 +116,7 @@ class Service:
         self._is_in_loop = False
         self._is_stopping = False
         self._is_ending_at_once = False
+        self._wish = Wish()
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
         self.on_stop: Callable[[], object] = _nothing
         """Called by `stop`, in any thread and signal handler; not to wait there."""
@@ -250,6 +251,15 @@ class Service:
             wakeup.wake()
         self.on_stop()
 
+    def stop_by_signal(self) -> None:
+        """Stop as at the first of `stopped_by_signals`, from another thread than the main one.
+
+        By the signal, since an alarm is the main thread's to set; but it is none of those that are
+        counted, in whatever order they come.
+        """
+        self._wish.leave_out_one()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def close(self) -> None:
         """Close the servers, and end the processes that still serve.  Callable again."""
         self._closing.close()
@@ -272,7 +282,6 @@ class Service:
         """
         process = os.getpid()
         timeout = self._drain_timeout
-        wish = Wish()
         before: dict[int, Any] = {}
         alarm: tuple[float, float] | None = None
 
@@ -286,7 +295,7 @@ class Service:
                 signal.raise_signal(number)
                 return
             ends_at_once = number in {*at_once, signal.SIGALRM}
-            is_again = not ends_at_once and wish.comes_again() and not at_once
+            is_again = not (ends_at_once or at_once) and self._wish.comes_again()
             if not self._is_stopping:
                 if timeout is not None:
                     # An alarm, and not a thread that waits, because a signal handler may come in

@@ -75,12 +75,23 @@ class Wish:
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self._leaves_out = False
+
+    def leave_out_one(self) -> None:
+        """Have one signal be none of them: which this process sends itself, for another reason.
+
+        It may come before or after others; which one is left out makes no difference.
+        """
+        self._leaves_out = True
 
     def comes_again(self) -> bool:
         """Take note of a signal; say whether it is another one's than the first's.
 
         Callable from a signal handler.
         """
+        if self._leaves_out:
+            self._leaves_out = False
+            return False
         now = time.monotonic()
         if self._since is None:
             self._since = now

@@ -182,7 +182,7 @@ class Soloist:
                 if number is not None:
                     self._obey(number, serving, pairs)
                 if self._succession.attend() and not serving.is_stopping:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    serving.stop_by_signal()
             self._wakeup = None
 
     def _next(self, wakeup: Wakeup) -> int | None:
