@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from portico import program
+from portico import program, signals
 from portico.address import parse
 from portico.configuration import Configuration, ProcessSettings, ServiceSettings
 from portico.errors import PorticoError
@@ -56,6 +56,7 @@ Read = Mapping[str, Any]
 def main() -> None:
     """Serve what the file says that the command line names."""
     path = Path(sys.argv[1])
+    signals.SAME_WISH = json.loads(path.read_text())["same_wish"]  # type: ignore[misc]  # a test's
 
     def load() -> Configuration:
         told = json.loads(path.read_text())
@@ -231,6 +232,7 @@ def supervised(
     engine: str = "threads",
     addresses: tuple[str, ...] = ("tcp://127.0.0.1:0",),
     settings: Read | None = None,
+    same_wish: float = signals.SAME_WISH,
     **process: Any,
 ) -> Iterator[Supervised]:
     """Run the program while a block runs.
@@ -242,6 +244,7 @@ def supervised(
         engine: What runs the handlers.
         addresses: Where it serves.
         settings: More of them, for the service.
+        same_wish: Seconds within which two signals are one.
         process: More of them, for the processes.
     """
     (folder / "app.py").write_text(source)
@@ -251,7 +254,8 @@ def supervised(
         "settings": {"engine": engine, **(settings or {})},
     }
     process = {"workers": workers, "log_level": "warning", **process}
-    running = Supervised(folder, {"process": process, "services": [service]})
+    told = {"process": process, "services": [service], "same_wish": same_wish}
+    running = Supervised(folder, told)
     try:
         yield running
     finally:

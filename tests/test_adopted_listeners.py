@@ -16,7 +16,14 @@ from portico import address, listener
 from portico.address import DescriptorAddress, Scheme
 from portico.engines import ENGINES
 from portico.errors import ListenerError
-from portico.listener import adopt, expand, open_listener, resolve, scheme_of
+from portico.listener import (
+    adopt,
+    expand,
+    open_listener,
+    require_inherited,
+    resolve,
+    scheme_of,
+)
 from portico.service import Assignment, Service
 from portico.settings import Settings
 from portico.systemd import PassedSocket
@@ -174,6 +181,26 @@ def test_a_descriptor_that_is_no_socket_is_told(tmp_path: Path) -> None:
             adopt(where)
     with pytest.raises(ListenerError, match=f"was started without a descriptor {where.descriptor}"):
         adopt(where)
+
+
+def test_a_descriptor_that_the_program_has_opened_itself_was_not_inherited(
+    make: Make, passed: list[PassedSocket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it was adopted before, or systemd has passed it: both are kept from children."""
+    monkeypatch.setattr(listener, "_adopted", set[int]())  # those of other tests
+    own, inherited, adopted, counted = (
+        make(socket.AF_INET, socket.SOCK_STREAM, LOOPBACK) for _ in range(4)
+    )
+    inherited.set_inheritable(True)
+    adopt(of(adopted)).close()
+    passed.append(PassedSocket(counted.fileno(), "web"))
+    for each in (inherited, adopted, counted):
+        require_inherited(of(each))
+    where = of(own)
+    for _ in range(2):
+        with pytest.raises(ListenerError, match=f"started without a descriptor {where.descriptor}"):
+            require_inherited(where)
+        own.close()
 
 
 def test_another_error_is_told_in_the_words_of_the_system(

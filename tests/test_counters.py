@@ -373,7 +373,9 @@ def test_a_station_that_nobody_uses_is_given_away_and_its_totals_stay(counters: 
 
 
 def test_an_address_that_is_far_too_long_has_no_station(counters: Counters) -> None:
-    counters.allot([HERE, THERE, "x" * module.NAME_SIZE])
+    name = os.fsdecode("é".encode() + b"\xff" + b"x" * (module.NAME_SIZE - 3))
+    counters.allot([HERE, THERE, name])
+    assert counters.station_of(name)
     with pytest.raises(CountersError, match="504 bytes"):
         counters.allot([HERE, THERE, "y" * (module.NAME_SIZE + 1)])
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,16 @@ from portico.channel import Channel
 from portico.configuration import ServiceSettings
 from portico.duty import openings
 from portico.errors import ListenerError
-from portico.handover import VARIABLE, HandoverError, Heir, Heirloom, inherit, said_end, start_heir
+from portico.handover import (
+    LOOK_INTERVAL,
+    VARIABLE,
+    HandoverError,
+    Heir,
+    Heirloom,
+    inherit,
+    said_end,
+    start_heir,
+)
 from portico.listener import open_listener
 from portico.listeners import Listeners
 from portico.settings import Settings
@@ -146,24 +154,16 @@ def test_an_heir_that_takes_too_long_is_killed() -> None:
     with an_heir(is_silent=False, timeout=PATIENCE) as heir:
         assert not heir.attend()
         heir.deadline = time.monotonic() + 0.05
-        assert not heir.wait()
+        eventually(heir.attend)
         assert heir.end == "was killed by SIGKILL (it did not serve in time)"
 
 
 def test_an_heir_that_closes_its_channel_and_lives_holds_nobody_up() -> None:
     with an_heir(is_silent=True) as heir:
         eventually(lambda: heir.attend() or heir.fileno() is None)
-        assert not heir.wait()
+        assert heir.due - time.monotonic() <= LOOK_INTERVAL  # its end is told by nobody
+        eventually(heir.attend)
         assert heir.end == "was killed by SIGKILL (it had closed its channel)"
-
-
-def test_an_heir_may_have_more_time_than_one_wait_can_take() -> None:
-    with an_heir(is_silent=False, timeout=1e300) as heir:
-        killer = threading.Timer(0.1, os.kill, (heir.process, signal.SIGTERM))
-        killer.start()
-        assert not heir.wait()
-        assert heir.end == "was killed by SIGTERM"
-        killer.join()
 
 
 def test_an_heir_that_somebody_else_has_collected_has_ended() -> None:
@@ -172,13 +172,15 @@ def test_an_heir_that_somebody_else_has_collected_has_ended() -> None:
         os.waitpid(heir.process, 0)
         assert heir.attend()
         assert heir.end == "ended"
+        assert heir.due == inf
 
 
 def test_an_heir_that_serves_says_what_it_has_taken() -> None:
     ours, theirs = Channel.pair()
     theirs.send("serving", listeners=["tcp://127.0.0.1:9"])
     heir = Heir(os.getpid(), ours)
-    assert heir.wait()
+    assert heir.attend()
+    assert heir.due == inf
     assert heir.taken == ["tcp://127.0.0.1:9"]
     assert heir.fileno() is None
     theirs.close()

@@ -23,6 +23,7 @@ LAYERS = (
         "portico.bell",
         "portico.channel",
         "portico.console",
+        "portico.directory",
         "portico.events",
         "portico.exclusion",
         "portico.holders",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import portico
-from portico import address, descriptors, events, service
+from portico import address, descriptors, events, service, signals
 from portico.address import InternetAddress, UnixAddress
 from portico.engines import ENGINES
 from portico.errors import ListenerError, SettingError
@@ -538,6 +538,7 @@ def test_a_handler_that_holds_the_loop_is_interrupted(
 ) -> None:
     """At the second signal, or else when its time is up."""
     monkeypatch.setattr(service, "STOP_PATIENCE", 0.1)
+    monkeypatch.setattr(signals, "SAME_WISH", 0)
     ended: list[BaseException] = []
 
     def handler(_: object, __: object, ___: object) -> None:
@@ -560,8 +561,22 @@ def test_a_handler_that_holds_the_loop_is_interrupted(
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_second_signal_ends_the_drain_at_once(number: int) -> None:
-    """Who waits for a handler in another thread is told by the count."""
+@pytest.mark.parametrize("after_its_own", [True, False])
+def test_a_second_signal_ends_the_drain_at_once(
+    monkeypatch: pytest.MonkeyPatch, number: int, after_its_own: bool
+) -> None:
+    """Who waits for a handler in another thread is told by the count.
+
+    One that the service has sent itself is none of the two.
+    """
+    monkeypatch.setattr(signals, "SAME_WISH", 0)
+    comes_again, heard = signals.Wish.comes_again, threading.Semaphore(0)
+
+    def note(wish: signals.Wish) -> bool:
+        heard.release()
+        return comes_again(wish)
+
+    monkeypatch.setattr(signals.Wish, "comes_again", note)
     release, entered = threading.Event(), threading.Event()
 
     def handler(_: object, __: object, ___: object) -> None:
@@ -576,8 +591,13 @@ def test_a_second_signal_ends_the_drain_at_once(number: int) -> None:
     def stop_twice() -> None:
         with connect(first):
             assert entered.wait(PATIENCE)
+            if after_its_own:
+                made.stop_by_signal()
+                assert heard.acquire(timeout=PATIENCE)
             signal.pthread_kill(main, signal.SIGTERM)
+            assert heard.acquire(timeout=PATIENCE)
             assert made._servers[0].draining.wait(PATIENCE)
+            assert not release.is_set()
             signal.pthread_kill(main, signal.SIGTERM)
             assert release.wait(PATIENCE)
 
@@ -608,6 +628,28 @@ def test_children_are_ended_though_another_thread_collects_them(
     monkeypatch.setattr(os, "kill", kill)
     made.close()
     assert sorted(told) == [(1 << 30, signal.SIGTERM), ((1 << 30) + 1, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_second_signal_that_comes_with_the_first_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(signals, "SAME_WISH", 1e9)
+    entered = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def handler(_: object, __: object, ___: object) -> None:
+        entered.set()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.pthread_kill(main, signum)
+        assert made.servers[0].draining.wait(PATIENCE)
+
+    made = serving(*[LOOPBACK] * number, handler=handler, drain_timeout=None)
+    with made.stopped_by_signals(), connect(made.addresses[0]):
+        tally, *_ = made.run()
+    assert entered.is_set()
+    assert done(tally) == (made.addresses[0], 1, 0, 0)
 
 
 @pytest.mark.parametrize("number", [1, 2])

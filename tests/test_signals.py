@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import signal
 
-from portico.signals import SignalPipe
+import pytest
+
+from portico.signals import SAME_WISH, SignalPipe, Wish
 from tests.support import nothing_left_behind, run_program
 
 
@@ -30,3 +32,24 @@ def test_it_leaves_nothing_behind() -> None:
             assert list(pipe.take()) == [signal.SIGUSR2]
     finally:
         signal.set_wakeup_fd(before)
+
+
+def test_signals_that_come_together_are_one_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As timeout(1) sends them; who means another one takes longer."""
+    now = 5.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    wish = Wish()
+    assert [wish.comes_again(), wish.comes_again()] == [False, False]
+    now += SAME_WISH / 2
+    assert not wish.comes_again()
+    now += SAME_WISH / 2
+    assert wish.comes_again()
+
+
+def test_a_signal_of_its_own_is_none_of_those_that_tell_of_the_wish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("portico.signals.SAME_WISH", 0)
+    wish = Wish()
+    wish.leave_out_one()
+    assert [wish.comes_again() for _ in range(3)] == [False, False, True]

@@ -84,7 +84,7 @@ def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
 
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with supervised(tmp_path, settings={"drain_timeout": None}) as program:
+    with supervised(tmp_path, settings={"drain_timeout": None}, same_wish=0) as program:
         program.wait_ready(2)
         with program.connect() as client:
             client.sendall(b"hello")  # half of a line: it is not idle
@@ -94,6 +94,29 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
             program.wait_silent()
             assert program.wait_ended() == 0
             assert program.find("stops at once")
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_two_signals_that_come_together_are_one(tmp_path: Path, workers: int | None) -> None:
+    """As timeout(1) sends them: to the program, and to the group that the program is in."""
+    source = waiting_for(tmp_path / "gate")
+    settings = {"drain_timeout": None}
+    with supervised(tmp_path, source, workers=workers, settings=settings, same_wish=1e9) as program:
+        program.wait_ready(workers or 0)
+        with program.connect() as client:
+            client.sendall(b"who\n")
+            assert client.recv(64)
+            client.sendall(b"slow\n")
+            program.send(signal.SIGTERM)
+            eventually(lambda: refuses(program))  # it has heard the first
+            program.send(signal.SIGTERM)
+            program.send(signal.SIGUSR1)
+            program.wait_for("has opened its log again")  # and the second
+            (tmp_path / "gate").touch()
+            assert client.recv(64) == b"slow\n"
+        program.wait_silent()
+        assert program.wait_ended() == 0
+        assert not program.find("at once|cut off")
 
 
 def test_ctrl_c_is_the_supervisors(tmp_path: Path) -> None:
@@ -232,11 +255,14 @@ def test_when_another_worker_starts_is_said_once_and_not_of_one_that_went_as_ask
     assert capsys.readouterr().err == ""
 
 
-def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alone(
-    tmp_path: Path,
+@pytest.mark.parametrize("workers", [1, None])
+def test_a_successor_that_does_not_serve_yet_ends_with_its_predecessor(
+    tmp_path: Path, workers: int | None
 ) -> None:
-    with supervised(tmp_path, waiting_for(tmp_path / "gate"), workers=1) as program:
-        program.wait_ready(1)
+    """At once, and who is connected has the time of the drain."""
+    source, pid_file = waiting_for(tmp_path / "gate"), tmp_path / "pid"
+    with supervised(tmp_path, source, workers=workers, pid_file=str(pid_file)) as program:
+        program.wait_ready(workers or 0)
         with program.connect() as client:
             client.sendall(b"who\n")
             assert client.recv(64)
@@ -245,18 +271,26 @@ def test_a_successor_that_ends_with_its_predecessor_is_not_said_to_leave_it_alon
             settings.unlink()
             os.mkfifo(settings)
             program.send(signal.SIGUSR2)
-            program.wait_for("starts another supervisor")
+            program.wait_for("starts another")
             program.send(signal.SIGTERM)
-            program.wait_for(r"the other supervisor was killed by SIGTERM before it served$")
+            program.wait_for(r"the other \w+ was killed by SIGTERM before it served$")
             (tmp_path / "gate").touch()
             assert client.recv(64) == b"slow\n"
         program.wait_silent()
+        assert program.wait_ended() == 0
+        assert not program.find("cut off")
+        assert not pid_file.exists()
 
 
-def test_limits_of_time_may_be_longer_than_the_system_waits_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, None])
+def test_limits_of_time_may_be_longer_than_the_system_waits_at_once(
+    tmp_path: Path, workers: int | None
+) -> None:
     month = 30 * 24 * 3600
-    with supervised(tmp_path, worker_timeout=month, start_timeout=1e300) as program:
-        program.wait_ready(2)
+    with supervised(
+        tmp_path, workers=workers, worker_timeout=month, start_timeout=1e300
+    ) as program:
+        program.wait_ready(workers or 0)
         assert program.ask() == b"hello\n"
         program.write(SECOND)
         hand_over(program)
@@ -561,6 +595,56 @@ def test_a_reload_that_fails_leaves_a_unix_socket_to_those_who_have_it(tmp_path:
         program.stop()
 
 
+@pytest.mark.parametrize("workers", [1, None])
+def test_a_unix_socket_whose_path_is_no_text_is_served(tmp_path: Path, workers: int | None) -> None:
+    path = tmp_path / os.fsdecode(b"no text: \xff")
+    with supervised(tmp_path, workers=workers, addresses=(f"unix:{path}",)) as program:
+        program.wait_ready(workers or 0)
+        for number in range(2):
+            with Client(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(str(path))
+                client.sendall(b"hello\n")
+                assert client.recv(64) == b"hello\n"
+            if number == 0:
+                hand_over(program)
+                assert program.wait_ended() == 0
+        program.stop()
+        assert not path.exists()
+
+
+LOSING_GROUPS = """
+import grp, os
+
+def getgrnam(name):
+    if os.path.exists({lost!r}):
+        raise KeyError(name)
+    return grp.struct_group((name, "x", os.getgid(), []))
+
+grp.getgrnam = getgrnam
+"""
+
+
+def test_the_owners_of_a_unix_socket_are_looked_up_once_in_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who tells of them, as a directory in the network does, may be gone when it serves."""
+    path, lost = tmp_path / "echo", tmp_path / "lost"
+    (tmp_path / "sitecustomize.py").write_text(LOSING_GROUPS.format(lost=str(lost)))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    settings = {"socket_group": "web"}
+    with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",), settings=settings) as program:
+        program.wait_ready(1)
+        with_settings(program, socket_mode="0620")
+        program.write(f"open({str(lost)!r}, 'w').close()\n{SECOND}")
+        program.send(signal.SIGHUP)
+        program.wait_for("serves as reloaded")
+        assert mode_of(path) == 0o620
+        program.send(signal.SIGHUP)
+        program.wait_for("cannot reload, and serves as before: socket_group='web'")
+        program.stop()
+        assert program.wait_ended() == 0
+
+
 def test_a_reload_says_that_it_cannot_change_who_may_use_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "echo"
     with supervised(tmp_path, workers=1, addresses=(f"unix:{path}",)) as program:
@@ -701,30 +785,33 @@ def test_places_of_a_predecessor_that_is_killed_are_free_again(tmp_path: Path) -
         program.stop()
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(("workers", "times"), [(1, 1), (1, 2), (None, 1)])
 def test_after_a_hand_over_the_first_signal_lets_clients_be_served(
-    tmp_path: Path, times: int
+    tmp_path: Path, workers: int | None, times: int
 ) -> None:
     gate = tmp_path / "gate"
-    with supervised(tmp_path, waiting_for(gate), workers=1) as program:
-        program.wait_ready(1)
+    with supervised(tmp_path, waiting_for(gate), workers=workers, same_wish=0) as program:
+        program.wait_ready(workers or 0)
         first = program.pid
         with program.connect() as client:
             client.sendall(b"who\n")
             assert client.recv(64)
             client.sendall(b"slow\n")
             hand_over(program)
-            os.kill(first, signal.SIGTERM)
-            program.wait_for(r"stops \(SIGTERM\)")
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(first, number)
+            program.wait_for("has opened its log again")
             if times == 1:
                 gate.touch()
                 assert client.recv(64) == b"slow\n"
             else:
+                program.wait_for(r"stops \(SIGTERM\)")
                 os.kill(first, signal.SIGTERM)
                 program.wait_for(r"stops at once \(SIGTERM again\)")
                 assert goodbye(client) == b""
-        program.wait_for("has handed over after")
         assert program.wait_ended() == 0
+        assert times == 2 or not program.find("cut off")
+        assert not workers or program.find("has handed over after")
         program.stop()
 
 
@@ -768,6 +855,29 @@ def test_every_successor_has_the_pid_file_open(tmp_path: Path, workers: int | No
             assert open_files(program.pid).count(str(pid_file)) == 1
         program.stop()
         assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("workers", [1, None])
+def test_who_has_handed_over_tells_systemd_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None
+) -> None:
+    """It would be taken for what its successor tells."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with supervised(tmp_path, workers=workers) as program:
+            program.wait_ready(workers or 0)
+            hand_over(program)
+            assert program.wait_ended() == 0
+            assert program.ask() == b"hello\n"  # so its loop has begun
+            program.stop()
+        systemd.setblocking(False)
+        told: list[str] = []
+        with suppress(BlockingIOError):
+            while True:
+                told.append(systemd.recv(4096).decode().partition("=")[0])
+    assert sorted(told) == ["MAINPID", "READY", "READY", "STOPPING"]
+    assert told[-1] == "STOPPING"
 
 
 def inheritable(process: int) -> list[str]:
@@ -830,6 +940,38 @@ def test_one_successor_at_a_time_and_none_before_it_serves(tmp_path: Path) -> No
         program.wait_for(r"another supervisor \(process \d+\) is starting already")
         program.stop()
         assert program.wait_ended() == 0
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_successor_starts_when_a_reload_has_ended(tmp_path: Path, *, works: bool) -> None:
+    """It would find what the reload has opened in use, and not have inherited it."""
+    path = tmp_path / "echo"
+    with supervised(tmp_path, workers=1) as program:
+        program.wait_ready(1)
+        (service,) = program.told["services"]
+        addresses = [*service["addresses"], f"unix:{path}"]
+        program.write(importing_slowly(tmp_path), services=[service | {"addresses": addresses}])
+        program.send(signal.SIGHUP)
+        eventually((tmp_path / "begun").exists)
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another supervisor when the reload has ended")
+        if works:
+            (tmp_path / "gate").touch()
+            program.wait_for("serves as reloaded")
+        else:
+            worker = next(
+                each for each in children_of(program.pid) if int(each) not in program.workers()
+            )
+            program.write(SECOND)
+            os.kill(int(worker), signal.SIGKILL)
+            program.wait_for("cannot reload, and serves as before")
+        program.pid = int(program.wait_for(r"leaves everything to process (\d+)")[1])
+        assert program.wait_ended() == 0
+        with Client(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+            client.sendall(b"hello\n")
+            assert client.recv(64) == (b"hello\n" if works else b"second hello\n")
+        program.stop()
 
 
 @pytest.mark.parametrize("workers", [1, None])
@@ -1055,6 +1197,25 @@ def test_it_stays_when_its_successor_cannot_serve(tmp_path: Path) -> None:
         program.wait_for(
             "the other process exited with status 2 before it served; this one goes on"
         )
+        assert program.ask() == b"hello\n"
+        program.stop()
+        assert program.wait_ended() == 0
+
+
+def test_it_hears_other_signals_while_its_successor_starts(tmp_path: Path) -> None:
+    with supervised(tmp_path, workers=None) as program:
+        program.wait_ready(0)
+        settings = tmp_path / "settings.json"
+        settings.unlink()
+        os.mkfifo(settings)
+        program.send(signal.SIGUSR2)
+        program.wait_for("starts another process")
+        program.send(signal.SIGUSR1)
+        program.wait_for("has opened its log again")
+        program.send(signal.SIGHUP)
+        program.wait_for("has read its certificates again")
+        program.send(signal.SIGUSR2)
+        program.wait_for(r"another process \(process \d+\) is starting already")
         assert program.ask() == b"hello\n"
         program.stop()
         assert program.wait_ended() == 0

@@ -154,14 +154,25 @@ def test_systemd_is_told_how_the_service_is(manager: Systemd) -> None:
     assert manager.told() == ["READY=1", "STATUS=ready on tcp://:80"]
     assert notifier.status("three workers")
     assert manager.told() == ["STATUS=three workers"]
-    assert notifier.main_process(812)
-    assert manager.told() == ["MAINPID=812"]
     assert notifier.keep_alive()
     assert manager.told() == ["WATCHDOG=1"]
     assert notifier.stopping()
     assert manager.told() == ["STOPPING=1"]
     assert notifier.stopping("draining", within=18.5)
     assert manager.told() == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=18500000", "STATUS=draining"]
+
+
+def test_who_is_not_the_main_process_any_more_tells_nothing(manager: Systemd) -> None:
+    """It would be taken for what the other tells."""
+    notifier = Notifier(manager.address, watchdog=1.0)
+    assert notifier.main_process(812)
+    assert manager.told() == ["MAINPID=812"]
+    assert not notifier.stopping()
+    assert not notifier.keep_alive()
+    assert not notifier.is_connected
+    assert notifier.watchdog_interval is None
+    assert Notifier(manager.address).ready()
+    assert manager.told() == ["READY=1"]
 
 
 def test_who_is_not_watched_gives_no_sign_of_life(manager: Systemd) -> None:

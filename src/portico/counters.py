@@ -343,10 +343,11 @@ class Counters:
 
     def _read_label(self, number: int) -> str:
         label = self._label(number)
-        return label[1:].tobytes()[: label[0]].decode(errors="replace")
+        return label[1:].tobytes()[: label[0]].decode(errors="surrogateescape")
 
     def _write_label(self, number: int, name: str) -> None:
-        text, label = name.encode(errors="replace"), self._label(number)
+        # As a path is written that is no UTF-8: a name is looked for by what it was told as.
+        text, label = name.encode(errors="surrogateescape"), self._label(number)
         if len(text) > NAME_SIZE:
             raise CountersError(f"address={name!r}: expected {NAME_SIZE} bytes at the most")
         label[0] = 0  # nobody's, while it is written

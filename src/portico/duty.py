@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Final
 
 from portico import logs, systemd, target
+from portico.address import DescriptorAddress
 from portico.configuration import ProcessSettings, ServiceSettings
 from portico.console import say
 from portico.counts import Counts
 from portico.errors import PorticoError, SettingError
-from portico.listener import expand, scheme_of
+from portico.listener import expand, require_inherited, scheme_of
 from portico.logfile import LogFile
 from portico.opening import Opening
 from portico.service import Assignment
@@ -36,15 +37,23 @@ def expanded(services: Sequence[ServiceSettings]) -> tuple[ServiceSettings, ...]
     Takes the sockets that systemd passes, whether they are asked for or not.
 
     Raises:
-        ListenerError: It passed none of that name.
+        ListenerError: It passed none of that name, or there is no such descriptor.
     """
     systemd.passed_sockets()  # so that no child takes them for its own
-    return tuple(replace(each, addresses=tuple(expand(each.addresses))) for each in services)
+    found = tuple(replace(each, addresses=tuple(expand(each.addresses))) for each in services)
+    for address in (address for each in found for address in each.addresses):
+        if isinstance(address, DescriptorAddress):
+            require_inherited(address)
+    return found
 
 
 def openings(services: Sequence[ServiceSettings]) -> list[Opening]:
-    """Return where the listeners of all services are, in the order of `assign`."""
-    return [Opening(address, each.settings) for each in services for address in each.addresses]
+    """Return where the listeners of all services are, in the order of `assign`.
+
+    Raises:
+        SettingError: There is no such owner of a Unix socket.
+    """
+    return [Opening.of(address, each.settings) for each in services for address in each.addresses]
 
 
 def assign(services: Sequence[ServiceSettings]) -> list[Assignment]:

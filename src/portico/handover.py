@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,13 +18,14 @@ import time
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
 from portico.address import Address, BoundAddress, DescriptorAddress, parse
 from portico.channel import Channel
 from portico.counters import Counters
+from portico.directory import Directory
 from portico.errors import PorticoError
 from portico.listener import OpenListener
 from portico.place import Place
@@ -40,10 +40,17 @@ END_PATIENCE: Final = 1.0
 """Seconds that an heir has to end in which has closed its channel, before it is killed."""
 
 LOOK_INTERVAL: Final = 0.05
-"""Seconds between two looks at whether an heir has ended, where no signal tells."""
+"""Seconds between two looks at whether an heir has ended that has no more to say."""
 
 LONGEST_WAIT: Final = 3600.0
 """Seconds of one wait, however far the deadline is: poll(2) takes no more than 24 days."""
+
+
+ENTER: Final = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
+"""A program that goes to another directory and starts another program there.
+
+This process may serve, and where it is then is what its handlers rely on; and posix_spawn(3) has no
+word for it."""
 
 
 class HandoverError(PorticoError, OSError):
@@ -185,6 +192,13 @@ class Heir:
         """Whether it has taken over."""
         return self.taken is not None
 
+    @property
+    def due(self) -> float:
+        """The instant at which `attend` is to be called at the latest; never, if it is ``inf``."""
+        if self.is_serving or self.end:
+            return inf
+        return min(self.deadline, time.monotonic() + LOOK_INTERVAL if self._is_silent else inf)
+
     def fileno(self) -> int | None:
         """Return what is readable when it says something; ``None`` if it has no more to say."""
         return None if self._is_silent or self.is_serving else self.channel.fileno()
@@ -202,18 +216,6 @@ class Heir:
                 self._kill()
             self._collect()
         return self.is_serving or bool(self.end)
-
-    def wait(self) -> bool:
-        """Wait until its fate is settled; return whether it serves."""
-        while not self.attend():
-            poll = select.poll()
-            number = self.fileno()
-            if number is not None:
-                poll.register(number, select.POLLIN)
-            longest = LOOK_INTERVAL if number is None else LONGEST_WAIT
-            pause = min(self.deadline - time.monotonic(), longest)
-            poll.poll(ceil(max(0.0, pause) * 1000))
-        return self.is_serving
 
     def stop(self) -> None:
         """Have it end, if it does not serve: nobody is left to take over from."""
@@ -258,6 +260,7 @@ def start_heir(
     variables: Mapping[str, str] | None = None,
     timeout: float | None = None,
     pid_file: int | None = None,
+    directory: Directory | None = None,
 ) -> Heir:
     """Start the command line of this process again, and let it have what this one holds.
 
@@ -267,17 +270,21 @@ def start_heir(
         variables: More for its environment.
         timeout: Seconds until it has to serve; ``None`` for no limit.
         pid_file: The descriptor of the pid file, if there is one.
+        directory: Where it starts; ``None`` for the current one.
 
     Raises:
-        OSError: The system refuses.
+        OSError: The system refuses, or there is no such directory any more.
     """
+    command = [sys.executable, *sys.orig_argv[1:]]
+    if directory is not None and directory.is_left():
+        command = [sys.executable, "-ISc", ENTER, str(directory.path), *command]
     ours, theirs = Channel.pair()
     try:
         own = (theirs.fileno(),) if pid_file is None else (theirs.fileno(), pid_file)
         with ExitStack() as lent:
             lent.enter_context(_inheritable(*own, *_descriptors(listeners)))
             text = None if counters is None else lent.enter_context(counters.inheritable())
-            process = _spawn(theirs, listeners, text, pid_file, variables or {})
+            process = _spawn(command, theirs, listeners, text, pid_file, variables or {})
     except BaseException:
         ours.close()
         raise
@@ -298,6 +305,7 @@ def said_end(status: int) -> str:
 
 
 def _spawn(
+    command: list[str],
     channel: Channel,
     listeners: Sequence[tuple[Address, OpenListener]],
     counters: str | None,
@@ -320,7 +328,6 @@ def _spawn(
             if not address.scheme.is_inherited  # which the heir opens by its number, as we did
         ],
     }
-    command = [sys.executable, *sys.orig_argv[1:]]
     environment = {**os.environ, **variables, VARIABLE: json.dumps(told)}
     return os.posix_spawn(
         sys.executable,

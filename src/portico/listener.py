@@ -5,16 +5,18 @@ socket, what an inherited descriptor is, and whose the listener is where several
 from it.  Leaves accepting to the server that has it, the file of a Unix socket to
 `portico.socketfile`, and the words for errors to `portico.diagnosis`.
 
-Sources: ipv6(7) (``IPV6_V6ONLY``); bind(2) (errors); socket(7) (``SO_ACCEPTCONN``).
+Sources: ipv6(7) (``IPV6_V6ONLY``); bind(2) (errors); socket(7) (``SO_ACCEPTCONN``); PEP 446 (what
+Python opens is not inherited by other programs).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterable
 from contextlib import closing, suppress
-from typing import Self
+from typing import Final, Self
 
 from portico.address import (
     Address,
@@ -220,6 +222,7 @@ def adopt(address: DescriptorAddress) -> OpenListener:
     """
     try:
         os.set_inheritable(address.descriptor, False)
+        _adopted.add(address.descriptor)
         made = socket.socket(fileno=os.dup(address.descriptor))
     except OSError as error:
         raise failure(error, address, unusable(address, error)) from error
@@ -231,6 +234,30 @@ def adopt(address: DescriptorAddress) -> OpenListener:
     # chosen either.
     made.setblocking(made.type != socket.SOCK_STREAM)
     return OpenListener(_place_of(made, is_tls=address.scheme.is_tls), made, is_lent=True)
+
+
+_adopted: Final[set[int]] = set()
+"""The descriptors that were adopted, and are kept from other programs since."""
+
+
+def require_inherited(address: DescriptorAddress) -> None:
+    """Make sure that the program was started with a descriptor, and has not opened it itself.
+
+    For a program that is told of its descriptors from outside; one that serves a socket of its own
+    by its number means that.
+
+    Raises:
+        ListenerError: It was not.
+    """
+    number = address.descriptor
+    if number in _adopted or number in {each.descriptor for each in passed_sockets()}:
+        return
+    # What came through execve(2) is inheritable, and what Python opens is not.
+    with suppress(OSError):
+        if os.get_inheritable(number):
+            return
+    error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+    raise failure(error, address, unusable(address, error))
 
 
 def _passed(address: SystemdAddress) -> list[DescriptorAddress]:

@@ -42,10 +42,8 @@ class Listeners:
         One that is open stays as it is until `settle`: those who want it may never come to serve.
 
         Raises:
-            PorticoError: One cannot be had, or there is no such owner; none is opened then.
+            PorticoError: One cannot be had; none is opened then.
         """
-        for each in wanted:
-            each.settings.socket_access()  # now, and not when they serve
         spare = list(self._open)
         found: list[OpenListener | None] = [_take(spare, each) for each in wanted]
         found = [
@@ -74,7 +72,7 @@ class Listeners:
         for each, listener in zip(wanted, gathered, strict=True):
             if listener.file is not None:
                 _open_again(listener.file, each)
-            _listen_again(listener, each.settings.backlog)
+            _listen_again(listener, each.backlog)
 
     def keep(self, used: Iterable[OpenListener]) -> list[OpenListener]:
         """Close those that nobody uses, and return them."""
@@ -168,7 +166,7 @@ def _bound(listener: OpenListener) -> Place:
 def _open_again(file: SocketFile, opening: Opening) -> None:
     """Have the file of a Unix socket be open to those whom its settings name, and to no others."""
     try:
-        file.open_to(opening.settings.socket_access())
+        file.open_to(opening.access)
     except OSError as error:
         reason = error.strerror or str(error)
         say(

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
 from portico.address import Address, DescriptorAddress
 from portico.errors import ListenerError
 from portico.listener import OpenListener, open_listener
 from portico.settings import Settings
+from portico.socketfile import FileAccess
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,25 @@ class Opening:
 
     Attributes:
         address: Where.
-        settings: Its backlog, and who may use the file of a Unix socket.
+        backlog: Connections that the system holds for it.
+        access: Who may use the file of a Unix socket.
     """
 
     address: Address
-    settings: Settings
+    backlog: int
+    access: FileAccess
+
+    @classmethod
+    def of(cls, address: Address, settings: Settings) -> Self:
+        """Return what settings want at an address.
+
+        Names are looked up here, once: when it comes to opening, or to changing what is open, who
+        tells them may be out of reach.
+
+        Raises:
+            SettingError: There is no such owner of a Unix socket.
+        """
+        return cls(address, settings.backlog, settings.socket_access())
 
 
 def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
@@ -34,15 +50,12 @@ def open_listeners(openings: Sequence[Opening]) -> list[OpenListener]:
 
     Raises:
         ListenerError: An address cannot be had.
-        SettingError: There is no such owner of a Unix socket.
     """
     _refuse_shared([each.address for each in openings])
-    accesses = [each.settings.socket_access() for each in openings]
     with ExitStack() as closing:
         opened: list[OpenListener] = []
-        for each, access in zip(openings, accesses, strict=True):
-            backlog = each.settings.backlog
-            opened.append(open_listener(each.address, backlog=backlog, access=access))
+        for each in openings:
+            opened.append(open_listener(each.address, backlog=each.backlog, access=each.access))
             closing.callback(opened[-1].close)
         closing.pop_all()
         return opened

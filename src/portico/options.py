@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
 
 from portico import address, target
 from portico.configuration import LOG_LEVELS, ProcessSettings
+from portico.directory import Directory
 from portico.engines import ENGINES, HUBS_OF, WORKERS_OF
 from portico.environment import CONFIG
 from portico.gate import WhenFull
@@ -181,7 +181,7 @@ def sources(
         served = {"target": target_name, "addresses": tuple(map(address.parse, address_texts))}
         values |= {name: _of_argument(name, value) for name, value in served.items()}
     return Sources(
-        directory=Path.cwd(),
+        directory=Directory.current().path,
         config=config,
         variables=os.environ,
         options=Layer(values),

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from portico.announcement import failure_told
 from portico.configuration import Configuration
+from portico.directory import Directory
 from portico.handover import inherit
 from portico.soloist import Soloist
 from portico.supervisor import Supervisor
@@ -23,7 +24,8 @@ def run(load: Load) -> bool:
     """Serve until SIGINT or SIGTERM, in the main thread.
 
     Args:
-        load: Reads the configuration; called again for a reload.
+        load: Reads the configuration; called again for a reload, in the directory that then has
+            the name of the current one.
 
     Returns:
         Whether handlers still run in threads of this process, with nobody to wait for them.
@@ -33,9 +35,15 @@ def run(load: Load) -> bool:
     """
     heritage = inherit()
     notifier = Notifier.take()
+    directory = Directory.current()
+
+    def load_there() -> Configuration:
+        directory.enter()
+        return load()
+
     with failure_told(notifier):
         configuration = load()
         if configuration.process.worker_count():
-            Supervisor(load, configuration, notifier, heritage).run()
+            Supervisor(load_there, configuration, notifier, heritage, directory).run()
             return False
-        return Soloist(configuration, notifier, heritage).run()
+        return Soloist(configuration, notifier, heritage, directory).run()

@@ -35,6 +35,7 @@ from portico.opening import Opening, open_listeners, station_names
 from portico.places import SharedPlaces
 from portico.rounds import Rounds
 from portico.settings import Settings, SettingValues
+from portico.signals import Wish
 from portico.tally import Counter, Tally, count
 from portico.target import Handler, check_scheme
 
@@ -97,7 +98,8 @@ class Service:
             CertificateError: A certificate or key cannot be used.
             CountersError: An address has no station.
             ListenerError: An address cannot be had.
-            SettingError: There is a TLS address and no certificate, or the other way round.
+            SettingError: There is a TLS address and no certificate, or the other way round, or no
+                such owner of a Unix socket.
         """
         share, limit = len(assignments), descriptor_limit()
         # By identity: assignments share their settings, and those share one look at their files.
@@ -114,14 +116,17 @@ class Service:
         self._is_in_loop = False
         self._is_stopping = False
         self._is_ending_at_once = False
+        self._wish = Wish()
         self._stops: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it
+        self.on_stop: Callable[[], object] = _nothing
+        """Called by `stop`, in any thread and signal handler; not to wait there."""
         self._wakeup: Wakeup | None = None
         self._poll_interval = POLL_INTERVAL
         self._pulse: Rounds | None = None
         with ExitStack() as closing:
             if listeners is None:
                 listeners = open_listeners(
-                    [Opening(each.address, each.settings) for each in assignments]
+                    [Opening.of(each.address, each.settings) for each in assignments]
                 )
             for each in listeners:
                 closing.callback(each.close)
@@ -244,6 +249,16 @@ class Service:
         wakeup = self._wakeup
         if wakeup is not None:
             wakeup.wake()
+        self.on_stop()
+
+    def stop_by_signal(self) -> None:
+        """Stop as at the first of `stopped_by_signals`, from another thread than the main one.
+
+        By the signal, since an alarm is the main thread's to set; but it is none of those that are
+        counted, in whatever order they come.
+        """
+        self._wish.leave_out_one()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
         """Close the servers, and end the processes that still serve.  Callable again."""
@@ -255,9 +270,10 @@ class Service:
     ) -> Generator[None]:
         """Stop at these signals while the block runs; in the main thread.
 
-        The first drains, a second one ends at once: `KeyboardInterrupt` is raised in what the main
-        thread does.  So it is when a handler that runs in the main thread, and holds the loop, has
-        not ended `STOP_PATIENCE` seconds after the time of the drain.
+        The first drains, a second one ends at once, unless it comes with the first (`SAME_WISH`):
+        `KeyboardInterrupt` is raised in what the main thread does.  So it is when a handler that
+        runs in the main thread, and holds the loop, has not ended `STOP_PATIENCE` seconds after the
+        time of the drain.
 
         Args:
             numbers: Which.
@@ -278,8 +294,9 @@ class Service:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
                 return
-            is_first = not self._is_stopping
-            if is_first:
+            ends_at_once = number in {*at_once, signal.SIGALRM}
+            is_again = not (ends_at_once or at_once) and self._wish.comes_again()
+            if not self._is_stopping:
                 if timeout is not None:
                     # An alarm, and not a thread that waits, because a signal handler may come in
                     # between any two steps of starting one.
@@ -287,7 +304,7 @@ class Service:
                     seconds = min(timeout + STOP_PATIENCE, LONGEST_ALARM)
                     alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
                 self.stop()
-            if number in {*at_once, signal.SIGALRM} or not (is_first or at_once):
+            if ends_at_once or is_again:
                 self._interrupt(number)
 
         for number in (*numbers, *at_once):
@@ -379,7 +396,7 @@ def serve(
 ) -> list[Tally]:
     """Serve a handler at each address, with every protection on, until the service is stopped.
 
-    In the main thread SIGINT and SIGTERM stop it: the first drains, a second one ends at once.  In
+    In the main thread SIGINT and SIGTERM stop it: the first drains, a later one ends at once.  In
     another thread, where no signal arrives, it serves until each server was drained or shut down:
     a handler can do that (``self.server.drain()``), and so can whoever `events.ServerStarted` has
     told of the server.
@@ -420,6 +437,10 @@ def serve(
 def _longest(timeouts: Iterable[float | None]) -> float | None:
     """Return the longest of several times; ``None`` stands for no limit."""
     return max(timeouts, key=lambda timeout: inf if timeout is None else timeout)
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _close(server: AdoptingMixIn) -> None:

@@ -1,7 +1,7 @@
-"""Have signals end a wait, as descriptors do.
+"""Have signals end a wait, as descriptors do, and tell a wish that comes again from one told twice.
 
 Owns the handlers of the signals that it hears, and the pipe into which the interpreter writes their
-numbers.  To be used in the main thread.
+numbers.  To be used in the main thread.  Leaves what a signal means to who hears it.
 
 Source: signal.set_wakeup_fd in the documentation of Python.
 """
@@ -10,10 +10,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Final, Self
+
+SAME_WISH: Final = 0.25
+"""Seconds within which further signals are the wish of the first.
+
+timeout(1) sends one to its child and the next to the group, in which the child is as well.
+"""
 
 
 class SignalPipe:
@@ -61,6 +68,35 @@ class SignalPipe:
         """Close the pipe, and leave the handlers: for a child, which has others by then."""
         os.close(self._reader)
         os.close(self._writer)
+
+
+class Wish:
+    """The wish that a service ends, of which signals tell."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._leaves_out = False
+
+    def leave_out_one(self) -> None:
+        """Have one signal be none of them: which this process sends itself, for another reason.
+
+        It may come before or after others; which one is left out makes no difference.
+        """
+        self._leaves_out = True
+
+    def comes_again(self) -> bool:
+        """Take note of a signal; say whether it is another one's than the first's.
+
+        Callable from a signal handler.
+        """
+        if self._leaves_out:
+            self._leaves_out = False
+            return False
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+            return False
+        return now - self._since >= SAME_WISH
 
 
 def do_nothing(number: int, frame: FrameType | None) -> None:

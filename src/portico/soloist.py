@@ -7,27 +7,32 @@ Owns what signals do to such a process, before it serves and while it does.  Lea
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
-from queue import SimpleQueue
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
+from math import ceil
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Final, TypeAlias
 
 from portico import privileges
+from portico.acceptor import Wakeup
 from portico.address import Address
 from portico.announcement import Announcement, ready_on
 from portico.configuration import Configuration
 from portico.console import say
 from portico.descriptors import raise_descriptor_limit
+from portico.directory import Directory
 from portico.duty import assign, expanded, logged, openings, report, say_counts
-from portico.handover import Heritage
+from portico.handover import LONGEST_WAIT, Heritage
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.logfile import reopen_all
-from portico.service import STOP_SIGNALS, Service
+from portico.service import STOP_PATIENCE, STOP_SIGNALS, Service
 from portico.succession import Succession
 from portico.systemd import Notifier
 
@@ -35,6 +40,12 @@ Pairs: TypeAlias = list[tuple[Address, OpenListener]]
 
 OBEYED: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that such a process obeys, beside those that stop it."""
+
+STOPPING: Final = 0
+"""What is noted among the signals when the service has been told to stop."""
+
+ENDED: Final = -1
+"""The same when it has ended, and nothing is to be obeyed any more."""
 
 
 class Soloist:
@@ -44,18 +55,24 @@ class Soloist:
         configuration: What to serve.
         notifier: Tells systemd.
         heritage: What a predecessor has left; ``None`` if there is none.
+        directory: Where a successor starts.
     """
 
     def __init__(
-        self, configuration: Configuration, notifier: Notifier, heritage: Heritage | None
+        self,
+        configuration: Configuration,
+        notifier: Notifier,
+        heritage: Heritage | None,
+        directory: Directory,
     ) -> None:
         self._configuration = configuration
         self._notifier = notifier
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
-        self._succession = Succession("process", self._listeners, notifier, heritage)
+        self._succession = Succession("process", self._listeners, notifier, heritage, directory)
         self._succession.decline_counters()
         self._process = os.getpid()
         self._signals: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
+        self._wakeup: Wakeup | None = None  # of the thread that obeys them
         self._stopped_by = ""
         self._is_interruptible = False
 
@@ -104,7 +121,14 @@ class Soloist:
     def _note(self, number: int, _: FrameType | None) -> None:
         """Note what is to be obeyed as soon as it serves."""
         if os.getpid() == self._process:  # and not a child that serves one request
-            self._signals.put(number)
+            self._tell(number)
+
+    def _tell(self, number: int) -> None:
+        """Tell the thread that obeys; callable from any thread and signal handler."""
+        self._signals.put(number)
+        wakeup = self._wakeup
+        if wakeup is not None:
+            wakeup.wake()
 
     def _note_stop(self, number: int, _: FrameType | None) -> None:
         """Note that it is not to serve at all."""
@@ -137,33 +161,60 @@ class Soloist:
     @contextmanager
     def _obeying(self, serving: Service, pairs: Pairs) -> Generator[None]:
         """Do what signals ask for while the block runs, in a thread beside those that serve."""
-
-        def obey() -> None:
-            while (number := self._signals.get()) in OBEYED:
-                match number:
-                    case signal.SIGHUP:
-                        self._notifier.reloading("reads its certificates again")
-                        _renew_certificates(serving)
-                        self._notifier.ready(ready_on(serving.addresses))
-                    case signal.SIGUSR1:
-                        _reopen()
-                        say_counts(serving.counts())
-                    case _:
-                        self._hand_over(pairs)
-
+        ear = threading.Thread(
+            target=self._listen, args=(serving, pairs), name="signals", daemon=True
+        )
+        serving.on_stop = partial(self._tell, STOPPING)
         with _caught(OBEYED, self._note):  # again: the target may have taken them for itself
-            threading.Thread(target=obey, name="signals", daemon=True).start()
+            ear.start()
             try:
                 yield
             finally:
-                self._signals.put(0)
+                self._tell(ENDED)
+                ear.join(STOP_PATIENCE)  # a file system that is gone may hold it
                 self._succession.stop()
 
-    def _hand_over(self, pairs: Pairs) -> None:
-        """Start another process of the same command line, and go when it serves."""
-        self._succession.begin(pairs, self._configuration.process)
-        if self._succession.wait():
-            os.kill(os.getpid(), signal.SIGTERM)
+    def _listen(self, serving: Service, pairs: Pairs) -> None:
+        """Obey each signal as it comes, and see what becomes of a successor that starts."""
+        with closing(Wakeup()) as wakeup:
+            self._wakeup = wakeup
+            while (number := self._next(wakeup)) != ENDED:
+                if number is not None:
+                    self._obey(number, serving, pairs)
+                if self._succession.attend() and not serving.is_stopping:
+                    serving.stop_by_signal()
+            self._wakeup = None
+
+    def _next(self, wakeup: Wakeup) -> int | None:
+        """Wait for a signal; ``None`` if the successor is to be attended to first."""
+        poll = select.poll()
+        poll.register(wakeup, select.POLLIN)
+        heir = self._succession.fileno()
+        if heir is not None:
+            poll.register(heir, select.POLLIN)
+        with suppress(Empty):
+            return self._signals.get_nowait()
+        pause = min(self._succession.deadline - time.monotonic(), LONGEST_WAIT)
+        poll.poll(ceil(max(0.0, pause) * 1000))
+        wakeup.clear()
+        return None
+
+    def _obey(self, number: int, serving: Service, pairs: Pairs) -> None:
+        if number == STOPPING:
+            self._succession.stop()  # at once: it is to serve as little as this one
+            return
+        match number:
+            case signal.SIGHUP if not serving.is_stopping:
+                self._notifier.reloading("reads its certificates again")
+                _renew_certificates(serving)
+                self._notifier.ready(ready_on(serving.addresses))
+            case signal.SIGUSR1:
+                _reopen()
+                say_counts(serving.counts())
+            case signal.SIGUSR2 if not serving.is_stopping:
+                self._succession.begin(pairs, self._configuration.process)
+            case _:
+                pass
 
 
 class _Stopped(BaseException):

@@ -18,6 +18,7 @@ from portico.address import Address
 from portico.configuration import ProcessSettings
 from portico.console import say
 from portico.counters import Counters
+from portico.directory import Directory
 from portico.duty import attempt
 from portico.errors import PorticoError
 from portico.handover import Heir, Heritage, start_heir
@@ -40,16 +41,23 @@ class Succession:
         listeners: Those of this process.
         notifier: Tells systemd.
         heritage: What a predecessor has left; ``None`` if there is none.
+        directory: Where a successor starts.
     """
 
     def __init__(
-        self, kind: str, listeners: Listeners, notifier: Notifier, heritage: Heritage | None
+        self,
+        kind: str,
+        listeners: Listeners,
+        notifier: Notifier,
+        heritage: Heritage | None,
+        directory: Directory,
     ) -> None:
         self.handed: list[OpenListener] = []
         """The listeners that another process accepts from by now."""
         self._kind = kind
         self._listeners = listeners
         self._notifier = notifier
+        self._directory = directory
         self._heritage = heritage
         self._heir: Heir | None = None
         self._pid_file = PidFile(None)
@@ -117,7 +125,7 @@ class Succession:
     @property
     def deadline(self) -> float:
         """The instant at which `attend` is to be called at the latest."""
-        return inf if self._heir is None or self.has_handed_over else self._heir.deadline
+        return inf if self._heir is None else self._heir.due
 
     def fileno(self) -> int | None:
         """Return what is readable when `attend` is to be called; ``None`` for nothing."""
@@ -152,7 +160,7 @@ class Succession:
         timeout = None if process.start_timeout is None else 2 * process.start_timeout
         try:
             file = self._pid_file.descriptor
-            self._heir = start_heir(listeners, counters, variables, timeout, file)
+            self._heir = start_heir(listeners, counters, variables, timeout, file, self._directory)
         except OSError as error:
             say(f"cannot start another {self._kind}: {error}")
         else:
@@ -167,14 +175,6 @@ class Succession:
         heir = self._heir
         if heir is None or heir.is_serving or not heir.attend():
             return False
-        return self._settle(heir)
-
-    def wait(self) -> bool:
-        """Wait for what `attend` sees."""
-        heir = self._heir
-        if heir is None or heir.is_serving:
-            return False
-        heir.wait()
         return self._settle(heir)
 
     def stop(self) -> None:

@@ -15,7 +15,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from math import ceil, inf
 from typing import Final, TypeAlias
@@ -25,6 +25,7 @@ from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
 from portico.descriptors import raise_descriptor_limit
+from portico.directory import Directory, DirectoryError
 from portico.duty import counted, described, expanded, log_kept, openings, say_counts
 from portico.errors import PorticoError
 from portico.handover import LONGEST_WAIT, Heritage
@@ -32,7 +33,7 @@ from portico.listeners import Listeners
 from portico.logfile import reopen_all
 from portico.opening import station_names
 from portico.service import STOP_PATIENCE
-from portico.signals import SignalPipe
+from portico.signals import SignalPipe, Wish
 from portico.succession import Succession
 from portico.supervision import (
     Adopt,
@@ -93,6 +94,7 @@ class Supervisor:
         configuration: What it has read.
         notifier: Tells systemd.
         heritage: What a predecessor has left; ``None`` if there is none.
+        directory: Where workers and a successor start; ``None`` for the current one.
     """
 
     def __init__(
@@ -101,11 +103,15 @@ class Supervisor:
         configuration: Configuration,
         notifier: Notifier,
         heritage: Heritage | None = None,
+        directory: Directory | None = None,
     ) -> None:
         self._load = load
+        self._directory = Directory.current() if directory is None else directory
         self._notifier = notifier
         self._listeners = Listeners(() if heritage is None else heritage.listeners)
-        self._succession = Succession("supervisor", self._listeners, notifier, heritage)
+        self._succession = Succession(
+            "supervisor", self._listeners, notifier, heritage, self._directory
+        )
         self._signals = SignalPipe(SIGNALS)
         self._workers = Workers(self._change, self._let_go)
         self._readings: dict[int, Reading] = {}
@@ -114,8 +120,10 @@ class Supervisor:
         self._last_number = 0
         self._stop = Stop.NOT
         self._is_told_to_end = False
+        self._wish_to_end = Wish()
         self._has_ended = False
         self._reload_is_due = False
+        self._hand_over_is_due = False
         self._failure = ""
         self._has_former = False
         self._first = configuration
@@ -191,6 +199,8 @@ class Supervisor:
     def _carry_out(self, action: object) -> None:
         match action:
             case Start(generation):
+                with suppress(DirectoryError):  # it imports what it can from where it is
+                    self._directory.enter()
                 self._workers.start(self._readings[generation], self._wanted_of(generation))
             case Drain(worker, reason):
                 self._workers.drain(worker, self._rest_of, reason)
@@ -278,8 +288,9 @@ class Supervisor:
 
         A hand-over begins to end, too, and is none of the times.
         """
+        is_again = self._wish_to_end.comes_again()
         if self._is_told_to_end:
-            if self._stop is not Stop.NOW:
+            if is_again and self._stop is not Stop.NOW:
                 say(f"stops at once ({why} again)")
                 self._stop = Stop.NOW
             return
@@ -331,12 +342,21 @@ class Supervisor:
         self._notifier.status(described(totals.sum))
 
     def _hand_over(self) -> None:
-        """Start another supervisor, which is to take over."""
+        """Start another supervisor, which is to take over; after the reload that is under way.
+
+        What that has opened is not to be handed on before it serves, and the other one would find
+        it in use.
+        """
         if self._serving is None:
             say("cannot hand over before it serves")
             return
+        self._hand_over_is_due = self._upcoming is not None
+        if self._hand_over_is_due:
+            say("starts another supervisor when the reload has ended")
+            return
         reading = self._readings[self._serving.number]
-        pairs = list(zip(reading.addresses, reading.listeners, strict=True))
+        addresses = [each.address for each in reading.wanted]
+        pairs = list(zip(addresses, reading.listeners, strict=True))
         self._succession.begin(pairs, reading.process, self._counters)
 
     def _want(self, more: int) -> None:
@@ -369,7 +389,7 @@ class Supervisor:
             self._last_number,
             replace(configuration, services=services),
             listeners,
-            tuple(each.address for each in wanted),
+            tuple(wanted),
         )
         count = self._count_for(process)
         self._upcoming = Generation(self._last_number, count, _limits(configuration))
@@ -399,15 +419,14 @@ class Supervisor:
         addresses = ", ".join(str(each.address) for each in reading.listeners)
         if is_first:
             self._has_former = self._succession.take_over()
-        self._listeners.settle(openings(reading.configuration.services), reading.listeners)
+        self._listeners.settle(reading.wanted, reading.listeners)
         if is_first:
             for each in reading.listeners:
                 say(f"ready on {each.address}")
         else:
             say(f"serves as reloaded (generation {upcoming.number}); earlier workers drain")
         self._notifier.ready(f"ready on {addresses}")
-        if self._reload_is_due:
-            self._reload()
+        self._go_on()
 
     def _give_up(self, reason: str) -> None:
         """Forget the upcoming generation."""
@@ -417,9 +436,15 @@ class Supervisor:
             self._failure = reason
         else:
             self._failed_reload(reason)
-            if self._reload_is_due:
-                self._reload()
+            self._go_on()
         self._tidy()
+
+    def _go_on(self) -> None:
+        """Do what was asked for during a reload that has ended."""
+        if self._reload_is_due:
+            self._reload()
+        if self._hand_over_is_due and self._upcoming is None and self._stop is Stop.NOT:
+            self._hand_over()
 
     def _tidy(self) -> None:
         """Forget the readings from whose listeners nobody accepts any more, and close these.

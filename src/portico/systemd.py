@@ -198,8 +198,13 @@ class Notifier:
         return self._send(_status(text))
 
     def main_process(self, pid: int) -> bool:
-        """Tell that another process is the service from now on; only from the one that was."""
-        return self._send(f"MAINPID={pid}")
+        """Tell that another process is the service from now on; only from the one that was.
+
+        The last word of this one: what it told after that would be taken for the other's.
+        """
+        is_told = self._send(f"MAINPID={pid}")
+        self._address = None
+        return is_told
 
     def keep_alive(self) -> bool:
         """Tell that the service is alive, at least every `watchdog_interval` seconds.
@@ -210,7 +215,8 @@ class Notifier:
 
     def _send(self, *assignments: str) -> bool:
         """Send what is not empty, in one message."""
-        if self._address is None:
+        address = self._address  # which another thread may take away
+        if address is None:
             return False
         message = "\n".join(filter(None, assignments)).encode("utf-8", "replace")
         try:
@@ -218,11 +224,11 @@ class Notifier:
             # forks, and systemd's own restart.
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.settimeout(NOTIFY_PATIENCE)
-                sender.sendto(message, _socket_name(self._address))
+                sender.sendto(message, _socket_name(address))
         except OSError as error:
             if not self._has_failed:  # once: the watchdog would repeat it for ever
                 self._has_failed = True
-                _log.warning("systemd cannot be told at %s: %s", self._address, error)
+                _log.warning("systemd cannot be told at %s: %s", address, error)
             return False
         self._has_failed = False
         return True

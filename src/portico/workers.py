@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from portico.address import Address
 from portico.channel import Channel, Message
 from portico.configuration import Configuration, ProcessSettings
 from portico.console import say
@@ -27,6 +26,7 @@ from portico.counters import Counters
 from portico.errors import CountersError
 from portico.handover import said_end
 from portico.listener import OpenListener
+from portico.opening import Opening
 from portico.supervision import Generation, Stage, Worker, note_end, note_ready
 from portico.worker import DUMP_SIGNAL, INTERRUPT_SIGNAL, Post, work
 
@@ -47,13 +47,13 @@ class Reading:
         number: That of its generation.
         configuration: What was read.
         listeners: One for each address, in their order.
-        addresses: Those addresses, as they were asked for.
+        wanted: What was asked for at these addresses.
     """
 
     number: int
     configuration: Configuration
     listeners: tuple[OpenListener, ...]
-    addresses: tuple[Address, ...]
+    wanted: tuple[Opening, ...]
 
     @property
     def process(self) -> ProcessSettings:

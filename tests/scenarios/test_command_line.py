@@ -100,6 +100,15 @@ class Limits(portico.StreamRequestHandler):
 """
 
 
+HASTY = """
+import portico.signals
+from application import *
+
+portico.signals.SAME_WISH = 0
+"""
+"""The same, where every signal is a wish of its own, however soon it comes after another."""
+
+
 class Command:
     """A `portico serve` that is ready."""
 
@@ -363,7 +372,8 @@ def test_a_handler_that_holds_the_serving_thread_is_interrupted(
     tmp_path: Path, again: bool
 ) -> None:
     """On the serial engine the handler runs where the signal arrives."""
-    arguments = ["application:Stubborn", "tcp://127.0.0.1:0", "--engine", "serial"]
+    (tmp_path / "hasty.py").write_text(HASTY)
+    arguments = ["hasty:Stubborn", "tcp://127.0.0.1:0", "--engine", "serial"]
     arguments += ["--drain-timeout", "600" if again else "0"]
     with serve(tmp_path, *arguments) as command, connect(command.addresses[0]) as client:
         assert client.recv(2) == b"in"
@@ -401,8 +411,9 @@ def test_a_signal_lets_a_busy_client_be_answered(tmp_path: Path, engine: str, sc
 @pytest.mark.parametrize("engine", ["threads", "pool", "green", "forks"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_second_signal_ends_the_command_at_once(tmp_path: Path, engine: str, number: int) -> None:
+    (tmp_path / "hasty.py").write_text(HASTY)
     addresses = ["tcp://127.0.0.1:0"] * number
-    arguments = ["application:Work", *addresses, "--engine", engine, "--drain-timeout", "none"]
+    arguments = ["hasty:Work", *addresses, "--engine", engine, "--drain-timeout", "none"]
     with (
         serve(tmp_path, *arguments, addresses=number) as command,
         connect(command.addresses[0]) as client,
@@ -604,6 +615,18 @@ def test_wrong_input_gets_one_line_and_status_2(
     assert ended.stderr.startswith(f"portico: error: {expected}")
     assert ended.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.glob("a*")) == ["application.py"]
+
+
+@pytest.mark.parametrize("more", [[], ["--workers", "1"]])
+def test_a_descriptor_of_its_own_is_not_taken_for_an_inherited_one(
+    tmp_path: Path, more: list[str]
+) -> None:
+    """The first that it opens would be the third."""
+    (tmp_path / "application.py").write_text(PROGRAM)
+    arguments = ["application:Echo", "tcp://127.0.0.1:0", "fd://3", *more]
+    ended = run("serve", *arguments, folder=tmp_path)
+    reason = "cannot listen on fd://3: this process was started without a descriptor 3"
+    assert (ended.returncode, ended.stderr) == (2, f"portico: error: {reason}\n")
 
 
 def test_the_current_directory_is_left_out_where_python_leaves_it_out(tmp_path: Path) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from portico.address import Address, InternetAddress
-from tests.scenarios.test_command_line import PORTICO, Command, run, tool
-from tests.support import ROOT
+from tests.scenarios.test_command_line import PORTICO, Command, connect, run, tool
+from tests.support import PATIENCE, ROOT, eventually, received
 from tests.tls import Authority, Pair
 
 SNIPPETS = ROOT / "docs" / "snippets"
@@ -31,7 +32,7 @@ def folder(tmp_path: Path, authority: Authority) -> Path:
 
 
 @contextmanager
-def serve(folder: Path, *arguments: str, addresses: int) -> Iterator[Command]:
+def serve(folder: Path, *arguments: str, addresses: int) -> Generator[Command]:
     """Run `portico serve` with the file of a folder until the block ends."""
     with subprocess.Popen(
         [*PORTICO, "serve", *arguments], cwd=folder, stderr=subprocess.PIPE, text=True
@@ -124,6 +125,141 @@ def test_a_reload_that_fails_says_where_the_value_stands_that_a_worker_cannot_us
         assert reason.startswith("portico.toml: target: cannot serve 'echo:Nobody': ")
         status, _ = command.stop()
     assert status == 0
+
+
+RELEASE = """
+import os
+import portico
+
+class Say(portico.StreamRequestHandler):
+    def handle(self):
+        self.wfile.write(b"VERSION")
+"""
+
+
+class Releases:
+    """Releases of a program in directories of their own, of which one is the current."""
+
+    def __init__(self, folder: Path, *, by_link: bool) -> None:
+        self.current = folder / "current"
+        self._by_link = by_link
+        self._last = ""
+
+    def deploy(self, version: str, *more: str) -> None:
+        """Have another one be the current, and remove the one before."""
+        made = self.current.parent / version
+        made.mkdir()
+        (made / "release.py").write_text(RELEASE.replace("VERSION", version) + "\n".join(more))
+        (made / "portico.toml").write_text(
+            f'target = "release:Say"\naddresses = "tcp://127.0.0.1:0"\nfarewell = "{version}"\n'
+        )
+        if self._by_link:
+            following = self.current.parent / "following"
+            following.symlink_to(version)
+            following.replace(self.current)
+        else:
+            with suppress(FileNotFoundError):
+                self.current.rename(self.current.parent / self._last)
+            made.rename(self.current)
+        if self._last:
+            shutil.rmtree(self.current.parent / self._last)
+        self._last = version
+
+    @contextmanager
+    def served(self, *arguments: str) -> Generator[Command]:
+        """Serve the current one, as from a shell in it."""
+        with subprocess.Popen(
+            [*PORTICO, "serve", "--pid-file", "../pid", *arguments],
+            cwd=self.current,
+            env={**os.environ, "PWD": str(self.current)},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                yield Command(process, 1)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def answer(command: Command) -> bytes:
+    with connect(command.addresses[0]) as client:
+        return received(client)
+
+
+@pytest.mark.parametrize("by_link", [True, False])
+def test_a_reload_serves_what_has_the_name_of_the_directory_by_now(
+    tmp_path: Path, *, by_link: bool
+) -> None:
+    """And so does a worker that takes the place of another one, whatever was removed."""
+    releases = Releases(tmp_path, by_link=by_link)
+    releases.deploy("first")
+    with releases.served("--workers", "1") as command:
+        assert answer(command) == b"first"
+        releases.deploy("second")
+        command.process.send_signal(signal.SIGHUP)
+        command.next_line("portico: serves as reloaded")
+        eventually(lambda: answer(command) == b"second")  # the earlier worker drains meanwhile
+        releases.deploy("third")
+        command.process.send_signal(signal.SIGTTIN)
+        command.next_line("portico: is to have 2 workers")
+        said = command.next_line("portico: worker ")
+        while "has ended" in said:  # that of the first generation
+            said = command.next_line("portico: worker ")
+        assert said.endswith(" is ready")
+        assert command.stop()[0] == 0
+
+
+@pytest.mark.parametrize("by_link", [True, False])
+@pytest.mark.parametrize("more", [(), ("--workers", "1")])
+def test_a_successor_starts_in_what_has_the_name_of_the_directory_by_now(
+    tmp_path: Path, more: Sequence[str], *, by_link: bool
+) -> None:
+    releases = Releases(tmp_path, by_link=by_link)
+    releases.deploy("first")
+    with releases.served(*more) as command:
+        for version in ("second", "third"):
+            releases.deploy(version)
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR2)
+            command.next_line("portico: leaves everything to process ")
+            command.process.wait(PATIENCE)
+            eventually(lambda: answer(command) == version.encode())  # noqa: B023
+
+
+def test_a_successor_starts_there_whatever_the_target_has_made_the_current_one(
+    tmp_path: Path,
+) -> None:
+    releases = Releases(tmp_path, by_link=True)
+    releases.deploy("first", "os.chdir('/')")
+    with releases.served() as command:
+        releases.deploy("second")
+        command.process.send_signal(signal.SIGUSR2)
+        command.next_line("portico: leaves everything to process ")
+        command.process.wait(PATIENCE)
+        eventually(lambda: answer(command) == b"second")
+
+
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [
+        (signal.SIGHUP, ("--workers", "1")),
+        (signal.SIGUSR2, ("--workers", "1")),
+        (signal.SIGUSR2, ()),
+    ],
+)
+def test_a_directory_that_is_gone_is_said_and_what_serves_serves_on(
+    tmp_path: Path, number: int, more: Sequence[str]
+) -> None:
+    releases = Releases(tmp_path, by_link=True)
+    releases.deploy("first")
+    with releases.served(*more) as command:
+        releases.current.unlink()
+        command.process.send_signal(number)
+        said = command.next_line("portico: cannot ")
+        assert said.endswith(f"cannot return to {releases.current}: No such file or directory")
+        assert answer(command) == b"first"
+        assert command.stop()[0] == 0
 
 
 def test_a_check_says_what_would_run(folder: Path) -> None:
