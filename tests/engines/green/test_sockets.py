@@ -30,7 +30,7 @@ from portico.engines.green.outbox import OUTBOX_SIZE, GreenWriter
 from portico.engines.green.sockets import GreenSocket
 from portico.handlers import _SocketWriter
 from tests.engines.green.conftest import Stage, make_hub
-from tests.support import PATIENCE, Call
+from tests.support import PATIENCE, Call, in_child
 
 SOON = 0.01
 """Seconds of a timeout that is meant to come."""
@@ -1564,6 +1564,29 @@ class TestWriter:
 
         stage.run(broadcast, write)
         assert trace == ["sent"]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+    def test_a_forked_child_leaves_to_its_parent_what_a_slow_peer_has_no_room_for(
+        self, stage: Stage
+    ) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"rest")
+            assert in_child(writer.flush) == 0  # there is nothing for which it would wait
+            reading = Call(lambda: take(peer, count + 4))
+            writer.flush()
+            assert stage.hub.run_in_thread(reading.result)[count:] == b"rest"
+
+        stage.run(write)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+    def test_a_lock_that_a_thread_held_at_a_fork_is_free_in_the_child(self, stage: Stage) -> None:
+        """The watchdog may be sending at that moment, and there is none in the child."""
+        with stage.hub.sending:
+            assert in_child(lambda: stage.hub.sending.acquire(blocking=False) or 1 / 0) == 0
 
     def test_many_slow_peers_are_waited_for_one_after_the_other(self, stage: Stage) -> None:
         """Not each within the wait for the one before; and only by the greenlet that wrote."""

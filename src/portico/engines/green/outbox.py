@@ -130,6 +130,13 @@ class Outbox:
         except OSError as error:
             self._error = error
 
+    def leave_to_parent(self) -> None:
+        """Hold nothing in a child process: the parent sends what is left."""
+        self.chunks.clear()
+        self.size = 0
+        self.is_listed = False
+        self._hub = None
+
     def _push(self) -> int:
         """Send what the system takes, under the hub's lock; return how many bytes it left.
 
