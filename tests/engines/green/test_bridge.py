@@ -20,7 +20,7 @@ from portico.engines.green.coroutines import (
     FairReader,
 )
 from tests.engines.green.test_engine import ask, connected, serving
-from tests.support import PATIENCE
+from tests.support import PATIENCE, Call
 
 
 class GreenTCP(GreenMixIn, portico.TCPServer):
@@ -202,6 +202,137 @@ def test_a_timeout_ends_a_read_in_the_green_engine() -> None:
 
     with serving(GreenTCP, Handler) as server, connected(server) as client:
         assert client.recv(100) == b"too late\n"
+
+
+async def nothing() -> None:
+    """Do nothing."""
+
+
+class TestCoroutines:
+    """What waits in sequential code would hold up a coroutine's loop, and says so."""
+
+    @pytest.fixture(params=ENGINES, ids=lambda kind: kind.__name__)
+    def run_async(self, request: pytest.FixtureRequest) -> Run:
+        """Await a coroutine as a handler on each engine; return its result or raise its error."""
+
+        def run(coroutine: Callable[[Any], Any]) -> Any:
+            outcome: list[Any] = []
+
+            class Handler(AsyncStreamRequestHandler):
+                async def handle(self) -> None:
+                    try:
+                        outcome.append((await coroutine(self), None))
+                    except Exception as error:
+                        outcome.append((None, error))
+
+            with request.param(("127.0.0.1", 0), Handler) as server:
+                loop = Call(server.serve_forever)
+                with connected(server) as client:
+                    assert client.recv(1) == b""
+                server.shutdown()
+                loop.result()
+            ((result, error),) = outcome
+            if error is not None:
+                raise error
+            return result
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("wait", "expected"),
+        [
+            (lambda: sleep(0), "await asyncio.sleep"),
+            (lambda: to_thread(time.sleep, 0), "await asyncio.to_thread"),
+            (lambda: await_(nothing()), "await"),
+            (lambda: timeout(PATIENCE).__enter__(), "async with asyncio.timeout"),
+            (lambda: timeout(None).__enter__(), "async with asyncio.timeout"),
+            (lambda: spawn(int).join(), "await asyncio.to_thread"),
+            (lambda: spawn(int).result(), "await asyncio.to_thread"),
+        ],
+        ids=["sleep", "to_thread", "await_", "timeout", "no timeout", "join", "result"],
+    )
+    def test_a_wait_says_what_a_coroutine_does_in_its_place(
+        self, run_async: Run, wait: Callable[[], object], expected: str
+    ) -> None:
+        async def handle(_: Any) -> None:
+            await asyncio.sleep(0)
+            wait()
+
+        with pytest.raises(portico.CoroutineError, match=expected):
+            run_async(handle)
+
+    def test_a_callback_of_a_hub_may_not_wait_either(self) -> None:
+        """It runs in the hub's own greenlet, on which all others wait."""
+        outcome: list[RuntimeError] = []
+
+        def call_back(done: asyncio.Event) -> None:
+            try:
+                sleep(0)
+            except RuntimeError as error:
+                outcome.append(error)
+            done.set()
+
+        class Handler(AsyncStreamRequestHandler):
+            async def handle(self) -> None:
+                done = asyncio.Event()
+                asyncio.get_running_loop().call_soon(call_back, done)
+                await done.wait()
+
+        with serving(GreenTCP, Handler) as server, connected(server) as client:
+            assert client.recv(1) == b""
+        assert [type(error) for error in outcome] == [portico.CoroutineError]
+
+    def test_what_a_coroutine_spawned_runs_beside_it(self, run_async: Run) -> None:
+        """In a greenlet of its hub, or in a thread, it may wait like a sequential handler."""
+
+        def beside(name: str) -> tuple[str, str]:
+            sleep(0)
+            return name, variable.get()
+
+        async def handle(_: Any) -> Any:
+            variable.set("seen")
+            spawned = spawn(beside, "spawned")
+            return await asyncio.to_thread(spawned.result)
+
+        assert run_async(handle) == ("spawned", "seen")
+
+    def test_what_a_coroutine_on_a_hub_spawned_is_a_greenlet(self) -> None:
+        threads: list[set[int]] = []
+
+        class Handler(AsyncStreamRequestHandler):
+            async def handle(self) -> None:
+                there = await asyncio.to_thread(spawn(threading.get_ident).result)
+                threads.append({there, threading.get_ident()})
+
+        with serving(GreenTCP, Handler) as server, connected(server) as client:
+            assert client.recv(1) == b""
+        assert [len(each) for each in threads] == [1]
+
+    def test_a_sequential_handler_waits_beside_a_loop_that_it_does_not_run_in(self) -> None:
+        """A program may serve from a callback of its own loop, which waits for all of it."""
+        slept: list[bool] = []
+
+        class Handler(portico.BaseRequestHandler):
+            def handle(self) -> None:
+                with timeout(PATIENCE):
+                    sleep(0)
+                slept.append(True)
+
+        async def serve(server: portico.TCPServer) -> None:
+            loop = asyncio.get_running_loop()
+            served = asyncio.Event()
+
+            def step() -> None:
+                server.handle_request()
+                served.set()
+
+            loop.add_reader(server, step)
+            await served.wait()
+            loop.remove_reader(server)
+
+        with portico.TCPServer(("127.0.0.1", 0), Handler) as server, connected(server):
+            asyncio.run(serve(server))
+        assert slept == [True]
 
 
 class TestAsyncHandlers:
