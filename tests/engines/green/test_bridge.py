@@ -204,6 +204,12 @@ def test_a_timeout_ends_a_read_in_the_green_engine() -> None:
         assert client.recv(100) == b"too late\n"
 
 
+@pytest.mark.parametrize("seconds", [-1, -0.001, float("nan"), float("-inf")])
+def test_a_sleep_of_less_than_nothing_says_what_would_be_right(run: Run, seconds: float) -> None:
+    with pytest.raises(portico.SettingError, match="expected 0 or more"):
+        run(lambda _: sleep(seconds))
+
+
 async def nothing() -> None:
     """Do nothing."""
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Generic, ParamSpec, Self, TypeVar
 from greenlet import getcurrent, greenlet
 
 from portico.engines.green.hub import Alarm, Hub, running
-from portico.errors import CoroutineError
+from portico.errors import CoroutineError, SettingError
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
@@ -80,8 +80,11 @@ def sleep(seconds: float) -> None:
     """Do nothing for some seconds; in the green engine, the others go on.
 
     Raises:
+        SettingError: The seconds are negative, or not a number.
         CoroutineError: It was called in a coroutine.
     """
+    if not seconds >= 0:  # so it is with NaN, for which every comparison is false
+        raise SettingError("seconds", seconds, "0 or more")
     hub = hub_of_greenlet("sleep", "await asyncio.sleep(...)")
     if hub is None:
         _sleep_here(seconds)
