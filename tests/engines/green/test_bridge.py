@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from portico.engines.green.coroutines import (
     FairReader,
 )
 from tests.engines.green.test_engine import ask, connected, serving
-from tests.support import PATIENCE, Call
+from tests.support import PATIENCE, Call, goodbye
 
 
 class GreenTCP(GreenMixIn, portico.TCPServer):
@@ -32,6 +33,10 @@ class GreenUDP(GreenMixIn, portico.UDPServer):
 
 
 SOON = 0.01
+
+LARGE = 30_000_000
+"""Bytes; far more than the system keeps for a connection."""
+
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
 ENGINES = (portico.TCPServer, portico.ThreadingTCPServer, GreenTCP)
@@ -202,6 +207,25 @@ def test_a_timeout_ends_a_read_in_the_green_engine() -> None:
 
     with serving(GreenTCP, Handler) as server, connected(server) as client:
         assert client.recv(100) == b"too late\n"
+
+
+@pytest.mark.parametrize("catches", [True, False])
+def test_a_timeout_of_a_write_ends_its_handler(catches: bool) -> None:
+    """Where the peer takes nothing more, `finish` does not wait for what was given up either."""
+    finished = threading.Event()
+
+    class Handler(portico.StreamRequestHandler):
+        def handle(self) -> None:
+            with suppress(*(TimeoutError,) if catches else ()), timeout(SOON):
+                self.wfile.write(b"x" * LARGE)
+
+        def finish(self) -> None:
+            super().finish()
+            finished.set()
+
+    with serving(GreenTCP, Handler) as server, connected(server) as client:
+        assert finished.wait(PATIENCE)
+        assert 0 < len(goodbye(client)) < LARGE
 
 
 @pytest.mark.parametrize("seconds", [-1, -0.001, float("nan"), float("-inf")])

@@ -1473,6 +1473,49 @@ class TestWriter:
 
         stage.run(write)
 
+    def test_nobody_waits_for_the_rest_of_a_write_that_was_interrupted(self, stage: Stage) -> None:
+        """But whoever writes on: the peer gets no gap."""
+        ours, peer = stage.pair()
+        count = fill(ours)
+        words = b"0123456789" * (OUTBOX_SIZE // 10 + 1)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                writer.write(words)
+            stage.hub.sleep(0)
+            stage.hub.give_way()
+            reading = Call(lambda: take(peer, count + len(words) + 4))
+            writer.write(b"late")
+            stage.hub.sleep(0)
+            assert stage.hub.run_in_thread(reading.result)[count:] == words + b"late"
+
+        stage.run(write)
+
+    @pytest.mark.parametrize("end", ["close", "shutdown", "writer"])
+    def test_the_end_does_not_wait_for_the_rest_of_a_write_that_was_interrupted(
+        self, stage: Stage, end: str
+    ) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                writer.write(b"x" * OUTBOX_SIZE)
+            if end == "writer":
+                assert isinstance(writer, GreenWriter)
+                writer.flush_at_end()
+                writer.close()
+            elif end == "shutdown":
+                ours.shutdown(socket.SHUT_WR)
+            ours.close()
+
+        stage.run(write)
+        assert drain(peer) == count
+
     def test_a_wait_after_an_interrupted_flush_sends_the_rest(self, stage: Stage) -> None:
         ours, peer = stage.pair()
         count = fill(ours)

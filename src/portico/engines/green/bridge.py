@@ -117,6 +117,9 @@ def timeout(seconds: float | None) -> Timeout:
     module; a computation, or a system call such as a read from a socket, is not interrupted (a
     socket has `settimeout` for that), and the error comes when the block ends.
 
+    A write to `wfile` that it ends is given up: what has not left yet leaves before what the
+    handler writes next, and is dropped if that is nothing.
+
     Args:
         seconds: How long; ``None`` for no limit.
 
