@@ -103,6 +103,19 @@ def test_await_returns_or_raises_what_the_coroutine_did(run: Run) -> None:
         run(lambda _: await_(work(0)))
 
 
+def test_a_coroutine_has_a_loop_of_its_own_in_a_thread(run: Run) -> None:
+    """What a program does that says `asyncio.run`, which a thread with a hub refuses."""
+
+    async def loop() -> asyncio.AbstractEventLoop:
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop()
+
+    def handle(_: Any) -> bool:
+        return to_thread(asyncio.run, loop()) is not await_(loop())
+
+    assert run(handle)
+
+
 def test_sleep_sleeps(run: Run) -> None:
     def handle(_: Any) -> float:
         before = time.monotonic()
