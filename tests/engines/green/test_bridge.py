@@ -420,6 +420,33 @@ class TestAsyncHandlers:
                 client.close()
         assert len(loops) == 1
 
+    @pytest.mark.parametrize(
+        "kind", [portico.ThreadingTCPServer, portico.ThreadPoolTCPServer, GreenTCP]
+    )
+    def test_one_client_is_written_to_from_the_loop_of_another(self, kind: Any) -> None:
+        members: list[tuple[asyncio.AbstractEventLoop, asyncio.StreamWriter]] = []
+
+        class Chat(AsyncStreamRequestHandler):
+            async def handle(self) -> None:
+                members.append((asyncio.get_running_loop(), self.writer))
+                self.writer.write(b"welcome\n")
+                async for line in self.reader:
+                    for loop, writer in members:
+                        loop.call_soon_threadsafe(writer.write, line)
+
+        with kind(("127.0.0.1", 0), Chat) as server:
+            serving = Call(server.serve_forever)
+            with connected(server) as one, connected(server) as other:
+                files = [client.makefile("rb") for client in (one, other)]
+                for file in files:
+                    assert file.readline() == b"welcome\n"
+                other.sendall(b"hello\n")
+                for file in files:
+                    assert file.readline() == b"hello\n"
+                    file.close()
+            server.shutdown()
+            serving.result()
+
     @pytest.mark.parametrize("size", [0.0, PATIENCE])
     @pytest.mark.parametrize(
         "read",
