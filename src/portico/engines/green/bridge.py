@@ -118,7 +118,8 @@ def timeout(seconds: float | None) -> Timeout:
     socket has `settimeout` for that), and the error comes when the block ends.
 
     A write to `wfile` that it ends is given up: what has not left yet leaves before what the
-    handler writes next, and is dropped if that is nothing.
+    handler writes next, and is dropped if that is nothing.  A `wfile` with a buffer of its own
+    (`wbufsize`) still waits for the client when the handler ends.
 
     Args:
         seconds: How long; ``None`` for no limit.
