@@ -142,10 +142,14 @@ class Outbox:
             raise
 
     def end(self) -> None:
-        """Send what the system takes of what was given up, and forget the rest."""
+        """Send what the system takes of what was given up, and forget the rest.
+
+        And its failure: nobody is left to be told.
+        """
         if self.is_given_up:
             self.send_at_once()
             self._drop()
+            self._error = None
 
     def list_again(self) -> None:
         """Have what is left sent before the next wait, after one that was interrupted."""
