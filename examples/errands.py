@@ -40,6 +40,7 @@ NAMES_LIMIT = 8  # names to resolve at once
 ENGINES: dict[str, tuple[type, ...]] = {
     "green": (portico.GreenMixIn,),
     "threads": (portico.ThreadingMixIn,),
+    "pool": (portico.ThreadPoolMixIn,),
     "forks": (portico.ForkingMixIn,),
     "serial": (),
 }

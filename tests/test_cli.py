@@ -536,6 +536,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         calls.append(("module", program, *args))
 
     monkeypatch.setattr(swap, "install", install)
+    monkeypatch.setattr(swap, "tell_stalls", lambda: None)
     monkeypatch.setattr(swap, "run_path", run_path)
     monkeypatch.setattr(swap, "run_module", run_module)
     return calls

@@ -10,6 +10,7 @@ import pytest
 from portico.errors import (
     AddressError,
     CertificateError,
+    CoroutineError,
     ListenerError,
     PhaseError,
     PorticoError,
@@ -22,6 +23,7 @@ ADDRESS = AddressError("http://localhost", "a scheme of tcp, udp or unix")
 LISTENER = ListenerError(errno.EINVAL, "it does not listen")
 PHASE = PhaseError("created", "draining", "serving or stopped")
 CERTIFICATE = CertificateError(errno.ENOENT, "no such file", "cert.pem")
+COROUTINE = CoroutineError("sleep", "await asyncio.sleep(...)")
 PROXY_HEADER = ProxyHeaderError("CRLF within 107 bytes")
 
 
@@ -54,6 +56,11 @@ def test_a_phase_error_carries_its_values() -> None:
     assert PHASE.expected == "serving or stopped"
 
 
+def test_a_coroutine_error_says_what_a_coroutine_does_in_its_place() -> None:
+    assert str(COROUTINE) == "portico.sleep in a coroutine: expected `await asyncio.sleep(...)`"
+    assert (COROUTINE.name, COROUTINE.expected) == ("sleep", "await asyncio.sleep(...)")
+
+
 def test_a_proxy_header_error_says_what_was_expected() -> None:
     assert str(PROXY_HEADER) == "PROXY header: expected CRLF within 107 bytes"
     assert PROXY_HEADER.expected == "CRLF within 107 bytes"
@@ -76,6 +83,7 @@ def test_a_certificate_error_names_the_file_and_keeps_the_number_of_the_error() 
         (LISTENER, OSError),
         (CERTIFICATE, OSError),
         (PHASE, RuntimeError),
+        (COROUTINE, RuntimeError),
         (PROXY_HEADER, ValueError),
     ],
 )
@@ -94,7 +102,7 @@ def pickled(error: PorticoError) -> PorticoError:
 
 @pytest.mark.parametrize(
     "error",
-    [SETTING, ADDRESS, LISTENER, CERTIFICATE, PHASE, PROXY_HEADER],
+    [SETTING, ADDRESS, LISTENER, CERTIFICATE, PHASE, COROUTINE, PROXY_HEADER],
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize(

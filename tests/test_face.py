@@ -90,6 +90,7 @@ def test_the_public_names_of_portico_are_these() -> None:
             "AsyncStreamRequestHandler",
             "CertificateError",
             "Certificates",
+            "CoroutineError",
             "DrainReport",
             "GreenMixIn",
             "GreenTCPServer",

@@ -9,6 +9,7 @@ import pickle
 import py_compile
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -27,8 +28,17 @@ import pytest
 import portico
 from portico import acceptor, families, handlers, request, server
 from portico.engines import ENGINES, forks, threads
-from portico.swap import PUBLIC, REPLACEABLE, Face, ProgramError, run_module, run_path
-from tests.compat.peers import PATIENCE, ask, connect, receive, serving, shout
+from portico.events import HandlerStalled, emit
+from portico.swap import (
+    PUBLIC,
+    REPLACEABLE,
+    Face,
+    ProgramError,
+    run_module,
+    run_path,
+    tell_stalls,
+)
+from tests.compat.peers import PATIENCE, ask, background, connect, receive, serving, shout
 
 LOCALHOST = ("127.0.0.1", 0)
 SWAP = ("-m", "portico.swap")
@@ -791,6 +801,70 @@ def test_a_stand_in_serves_in_front_of_a_server_from_before_the_swap() -> None:
 
     with Server(LOCALHOST, shout) as instance, serving(instance):
         assert ask(instance, b"hello") == b"HELLO"
+
+
+# ----------------------------------------------------------------------------- who holds whom up
+
+
+@pytest.mark.parametrize("command", [SWAP, ("-m", "portico", "run")], ids=["swap", "run"])
+def test_where_a_handler_holds_up_the_others_is_said(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The program itself would never know why its other clients wait."""
+    (tmp_path / "program.py").write_text(
+        textwrap.dedent("""\
+            import socketserver, sys
+
+            class Asking(socketserver.StreamRequestHandler):
+                def handle(self):
+                    self.wfile.write(sys.stdin.readline().encode())
+
+            with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Asking) as server:
+                print(server.server_address[1], flush=True)
+                server.serve_forever()
+            """)
+    )
+    process = subprocess.Popen(
+        [sys.executable, *command, "--engine", "green", "program.py"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            port = int(process.stdout.readline())
+            with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+                said = background(process.stderr.readline).result(PATIENCE)
+                process.stdin.write("an answer\n")
+                process.stdin.flush()
+                assert client.recv(100) == b"an answer\n"
+        finally:
+            process.kill()
+    place = re.escape(str(tmp_path / "program.py"))
+    assert re.fullmatch(
+        rf"portico: Asking has held up its neighbours for \d+\.\d s at {place}:5\n", said
+    )
+
+
+def test_a_place_that_holds_up_others_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    end = tell_stalls()
+    try:
+        for place in ("app.py:1", "app.py:2", "app.py:1", "", ""):
+            emit(HandlerStalled(None, None, "Handler", place, 0.25))
+    finally:
+        end()
+    emit(HandlerStalled(None, None, "Handler", "app.py:3", 0.25))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" at ")[2] for line in lines] == [
+        "app.py:1",
+        "app.py:2",
+        "a place outside of the program's own files",
+    ]
 
 
 # ------------------------------------------------------------------------------- a real program

@@ -59,6 +59,7 @@ from portico.engines.threads import ThreadingMixIn, _NoThreads, _Threads
 from portico.errors import (
     AddressError,
     CertificateError,
+    CoroutineError,
     ListenerError,
     PhaseError,
     PorticoError,
@@ -102,6 +103,7 @@ __all__ = [
     "BaseServer",
     "CertificateError",
     "Certificates",
+    "CoroutineError",
     "DatagramRequestHandler",
     "DrainReport",
     "ForkingMixIn",

@@ -183,6 +183,7 @@ def _run_program(
     """Run a program to its end, as python would: an error that it raises is printed, and exits."""
     try:
         swap.install(engine, hubs=hubs)
+        swap.tell_stalls()
         (swap.run_module if is_module else swap.run_path)(program, args)
     except swap.ProgramError as error:
         raise Refusal(str(error)) from error

@@ -76,6 +76,25 @@ class PhaseError(PorticoError, RuntimeError):
         return f"phase={self.phase!r}: expected {self.expected}, to become {self.wanted!r}"
 
 
+class CoroutineError(PorticoError, RuntimeError):
+    """A coroutine called a function that waits, and would have held up its event loop.
+
+    Attributes:
+        name: The function of portico's.
+        expected: What would be right.
+    """
+
+    name: str
+    expected: str
+
+    def __init__(self, name: str, expected: str) -> None:
+        super().__init__(name, expected)
+        self.name, self.expected = name, expected
+
+    def __str__(self) -> str:
+        return f"portico.{self.name} in a coroutine: expected `{self.expected}`"
+
+
 class CountersError(PorticoError, ValueError):
     """What all workers count together cannot be kept, or cannot be taken over."""
 

@@ -95,7 +95,10 @@ class StreamRequestHandler(BaseRequestHandler):
         try:
             if not self.wfile.closed:
                 try:
-                    self.wfile.flush()
+                    if isinstance(self.wfile, _SocketWriter):
+                        self.wfile.flush_at_end()
+                    else:
+                        self.wfile.flush()
                 except OSError:  # the peer is gone, and nobody is left to be told
                     pass
             self.wfile.close()
@@ -125,6 +128,10 @@ class _SocketWriter(BufferedIOBase):
         self._sock.sendall(b)
         with memoryview(b) as view:
             return view.nbytes
+
+    def flush_at_end(self) -> None:
+        """Flush for the last time; nobody is left to wait for what was given up."""
+        self.flush()
 
     def fileno(self) -> int:
         """Return the descriptor of the socket."""

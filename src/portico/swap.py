@@ -6,6 +6,9 @@ its main program.  `install` puts a face of portico in place of the standard lib
 
     python -m portico.swap [--engine NAME] (-m MODULE | PROGRAM) ARGUMENTS...
 
+There, and in ``portico run``, what only an engine can see of the program is said on standard error:
+`tell_stalls`.
+
 The process belongs to the program from then on: nothing is put back.  Another interpreter that
 the program starts (``multiprocessing`` with spawn, ``subprocess``) has the standard library's
 module again.
@@ -29,7 +32,7 @@ import pkgutil
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from importlib.machinery import (
     BYTECODE_SUFFIXES,
@@ -43,9 +46,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import portico
+from portico.console import say
 from portico.engines import ENGINES, serve, serve_foreign, settings
 from portico.engines.threads import _NoThreads, _Threads
 from portico.errors import PorticoError, SettingError
+from portico.events import HandlerStalled, subscribe
 
 if TYPE_CHECKING:
     from portico.server import BaseServer
@@ -465,6 +470,26 @@ def _become_main(main: types.ModuleType, code: types.CodeType) -> None:
     exec(code, vars(main))  # noqa: S102  # running the program is the purpose
 
 
+def tell_stalls() -> Callable[[], None]:
+    """Say on standard error where a handler of the program holds up all others, each place once.
+
+    Such a program knows nothing of our events, and may not have configured a log.
+
+    Returns:
+        A function that ends it.
+    """
+    told: set[str] = set()
+
+    def tell(event: HandlerStalled) -> None:
+        if event.place in told:
+            return
+        told.add(event.place)
+        place = event.place or "a place outside of the program's own files"
+        say(f"{event.handler} has held up its neighbours for {event.duration:.1f} s at {place}")
+
+    return subscribe(tell, HandlerStalled)
+
+
 # ------------------------------------------------------------------------------ from the shell
 
 USAGE: Final = (
@@ -492,6 +517,7 @@ def main(arguments: Sequence[str]) -> None:
     run = run_module if is_module else run_path
     try:
         install(engine)
+        tell_stalls()
         run(words[0], words[1:])
     except (ProgramError, SettingError) as error:
         _refuse(f"portico.swap: {error}\n")

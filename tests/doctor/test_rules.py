@@ -399,6 +399,7 @@ def test_a_handler_that_blocks_holds_up_others_on_an_event_loop_alone() -> None:
     facts = tried(stalls=(Stall("app.py:7", 0.25),))
     found = only(program.targets(facts, configured(engine="green")), WARN)
     assert "app.py:7" in found.found
+    assert "no lock that is held while a handler waits" in str(found.remedy)
     assert said(program.targets, facts, configured(engine="threads")) == [OK, OK]
 
 

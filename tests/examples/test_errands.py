@@ -23,7 +23,7 @@ from tests.support import PATIENCE, ROOT
 EXAMPLE = (sys.executable, "-W", "error", str(Path("examples", "errands.py")), "--port", "0")
 
 ENGINES = list(errands.ENGINES)
-CONCURRENT = ["green", "threads"]
+CONCURRENT = ["green", "threads", "pool"]
 
 
 @contextmanager

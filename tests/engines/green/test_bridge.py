@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from portico.engines.green.coroutines import (
     FairReader,
 )
 from tests.engines.green.test_engine import ask, connected, serving
-from tests.support import PATIENCE
+from tests.support import PATIENCE, Call, goodbye
 
 
 class GreenTCP(GreenMixIn, portico.TCPServer):
@@ -32,6 +33,10 @@ class GreenUDP(GreenMixIn, portico.UDPServer):
 
 
 SOON = 0.01
+
+LARGE = 30_000_000
+"""Bytes; far more than the system keeps for a connection."""
+
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
 ENGINES = (portico.TCPServer, portico.ThreadingTCPServer, GreenTCP)
@@ -96,6 +101,19 @@ def test_await_returns_or_raises_what_the_coroutine_did(run: Run) -> None:
     assert run(lambda _: await_(work(5))) == 2
     with pytest.raises(ZeroDivisionError):
         run(lambda _: await_(work(0)))
+
+
+def test_a_coroutine_has_a_loop_of_its_own_in_a_thread(run: Run) -> None:
+    """What a program does that says `asyncio.run`, which a thread with a hub refuses."""
+
+    async def loop() -> asyncio.AbstractEventLoop:
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop()
+
+    def handle(_: Any) -> bool:
+        return to_thread(asyncio.run, loop()) is not await_(loop())
+
+    assert run(handle)
 
 
 def test_sleep_sleeps(run: Run) -> None:
@@ -211,6 +229,162 @@ def test_a_timeout_ends_a_read_in_the_green_engine() -> None:
         assert client.recv(100) == b"too late\n"
 
 
+@pytest.mark.parametrize("catches", [True, False])
+def test_a_timeout_of_a_write_ends_its_handler(catches: bool) -> None:
+    """Where the peer takes nothing more, `finish` does not wait for what was given up either."""
+    finished = threading.Event()
+
+    class Handler(portico.StreamRequestHandler):
+        def handle(self) -> None:
+            with suppress(*(TimeoutError,) if catches else ()), timeout(SOON):
+                self.wfile.write(b"x" * LARGE)
+
+        def finish(self) -> None:
+            super().finish()
+            finished.set()
+
+    with serving(GreenTCP, Handler) as server, connected(server) as client:
+        assert finished.wait(PATIENCE)
+        assert 0 < len(goodbye(client)) < LARGE
+
+
+@pytest.mark.parametrize("seconds", [-1, -0.001, float("nan"), float("-inf")])
+def test_a_sleep_of_less_than_nothing_says_what_would_be_right(run: Run, seconds: float) -> None:
+    with pytest.raises(portico.SettingError, match="expected 0 or more"):
+        run(lambda _: sleep(seconds))
+
+
+async def nothing() -> None:
+    """Do nothing."""
+
+
+class TestCoroutines:
+    """What waits in sequential code would hold up a coroutine's loop, and says so."""
+
+    @pytest.fixture(params=ENGINES, ids=lambda kind: kind.__name__)
+    def run_async(self, request: pytest.FixtureRequest) -> Run:
+        """Await a coroutine as a handler on each engine; return its result or raise its error."""
+
+        def run(coroutine: Callable[[Any], Any]) -> Any:
+            outcome: list[Any] = []
+
+            class Handler(AsyncStreamRequestHandler):
+                async def handle(self) -> None:
+                    try:
+                        outcome.append((await coroutine(self), None))
+                    except Exception as error:
+                        outcome.append((None, error))
+
+            with request.param(("127.0.0.1", 0), Handler) as server:
+                loop = Call(server.serve_forever)
+                with connected(server) as client:
+                    assert client.recv(1) == b""
+                server.shutdown()
+                loop.result()
+            ((result, error),) = outcome
+            if error is not None:
+                raise error
+            return result
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("wait", "expected"),
+        [
+            (lambda: sleep(0), "await asyncio.sleep"),
+            (lambda: to_thread(time.sleep, 0), "await asyncio.to_thread"),
+            (lambda: await_(nothing()), "await"),
+            (lambda: timeout(PATIENCE).__enter__(), "async with asyncio.timeout"),
+            (lambda: timeout(None).__enter__(), "async with asyncio.timeout"),
+            (lambda: spawn(int).join(), "await asyncio.to_thread"),
+            (lambda: spawn(int).result(), "await asyncio.to_thread"),
+        ],
+        ids=["sleep", "to_thread", "await_", "timeout", "no timeout", "join", "result"],
+    )
+    def test_a_wait_says_what_a_coroutine_does_in_its_place(
+        self, run_async: Run, wait: Callable[[], object], expected: str
+    ) -> None:
+        async def handle(_: Any) -> None:
+            await asyncio.sleep(0)
+            wait()
+
+        with pytest.raises(portico.CoroutineError, match=expected):
+            run_async(handle)
+
+    def test_a_callback_of_a_hub_may_not_wait_either(self) -> None:
+        """It runs in the hub's own greenlet, on which all others wait."""
+        outcome: list[RuntimeError] = []
+
+        def call_back(done: asyncio.Event) -> None:
+            try:
+                sleep(0)
+            except RuntimeError as error:
+                outcome.append(error)
+            done.set()
+
+        class Handler(AsyncStreamRequestHandler):
+            async def handle(self) -> None:
+                done = asyncio.Event()
+                asyncio.get_running_loop().call_soon(call_back, done)
+                await done.wait()
+
+        with serving(GreenTCP, Handler) as server, connected(server) as client:
+            assert client.recv(1) == b""
+        assert [type(error) for error in outcome] == [portico.CoroutineError]
+
+    def test_what_a_coroutine_spawned_runs_beside_it(self, run_async: Run) -> None:
+        """In a greenlet of its hub, or in a thread, it may wait like a sequential handler."""
+
+        def beside(name: str) -> tuple[str, str]:
+            sleep(0)
+            return name, variable.get()
+
+        async def handle(_: Any) -> Any:
+            variable.set("seen")
+            spawned = spawn(beside, "spawned")
+            return await asyncio.to_thread(spawned.result)
+
+        assert run_async(handle) == ("spawned", "seen")
+
+    def test_what_a_coroutine_on_a_hub_spawned_is_a_greenlet(self) -> None:
+        threads: list[set[int]] = []
+
+        class Handler(AsyncStreamRequestHandler):
+            async def handle(self) -> None:
+                there = await asyncio.to_thread(spawn(threading.get_ident).result)
+                threads.append({there, threading.get_ident()})
+
+        with serving(GreenTCP, Handler) as server, connected(server) as client:
+            assert client.recv(1) == b""
+        assert [len(each) for each in threads] == [1]
+
+    def test_a_sequential_handler_waits_beside_a_loop_that_it_does_not_run_in(self) -> None:
+        """A program may serve from a callback of its own loop, which waits for all of it."""
+        slept: list[bool] = []
+
+        class Handler(portico.BaseRequestHandler):
+            def handle(self) -> None:
+                with timeout(PATIENCE):
+                    sleep(0)
+                slept.append(True)
+
+        async def serve(server: portico.TCPServer) -> None:
+            loop = asyncio.get_running_loop()
+            served = asyncio.Event()
+
+            def step() -> None:
+                server.handle_request()
+                served.set()
+
+            loop.add_reader(server, step)
+            await served.wait()
+            loop.remove_reader(server)
+
+        with portico.TCPServer(("127.0.0.1", 0), Handler) as server, connected(server):
+            asyncio.run(serve(server))
+        assert slept == [True]
+
+
 class TestAsyncHandlers:
     @pytest.mark.parametrize("kind", ENGINES, ids=lambda kind: kind.__name__)
     def test_streams(self, kind: Any) -> None:
@@ -252,6 +426,33 @@ class TestAsyncHandlers:
                 assert client.recv(3) == b"met"
                 client.close()
         assert len(loops) == 1
+
+    @pytest.mark.parametrize(
+        "kind", [portico.ThreadingTCPServer, portico.ThreadPoolTCPServer, GreenTCP]
+    )
+    def test_one_client_is_written_to_from_the_loop_of_another(self, kind: Any) -> None:
+        members: list[tuple[asyncio.AbstractEventLoop, asyncio.StreamWriter]] = []
+
+        class Chat(AsyncStreamRequestHandler):
+            async def handle(self) -> None:
+                members.append((asyncio.get_running_loop(), self.writer))
+                self.writer.write(b"welcome\n")
+                async for line in self.reader:
+                    for loop, writer in members:
+                        loop.call_soon_threadsafe(writer.write, line)
+
+        with kind(("127.0.0.1", 0), Chat) as server:
+            serving = Call(server.serve_forever)
+            with connected(server) as one, connected(server) as other:
+                files = [client.makefile("rb") for client in (one, other)]
+                for file in files:
+                    assert file.readline() == b"welcome\n"
+                other.sendall(b"hello\n")
+                for file in files:
+                    assert file.readline() == b"hello\n"
+                    file.close()
+            server.shutdown()
+            serving.result()
 
     @pytest.mark.parametrize("size", [0.0, PATIENCE])
     @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from portico.engines.green import GreenMixIn
 from portico.engines.green.crew import Outcome
 from portico.engines.green.outbox import GreenWriter
 from portico.engines.green.sockets import GreenSocket
-from tests.support import PATIENCE, Call, eventually, running_program
+from tests.support import PATIENCE, Call, eventually, received, running_program
 
 
 class GreenTCP(GreenMixIn, portico.TCPServer):
@@ -541,6 +541,28 @@ class TestFailures:
                 answer += part
             # In the child the request is shut down like any other, so the parent may be cut off.
             assert answer.startswith(b"child ")
+
+    @pytest.mark.parametrize("way", ["wfile", "request"])
+    def test_what_was_written_before_a_fork_is_sent_once_and_first(
+        self, tcp: Any, way: str
+    ) -> None:
+        """A child that inherited what was collected would send it again, or lose its own."""
+
+        class Forking(portico.StreamRequestHandler):
+            def handle(self) -> None:
+                self.wfile.write(b"ready ")
+                child = os.fork()
+                if not child:
+                    try:
+                        write = self.wfile.write if way == "wfile" else self.request.sendall
+                        write(b"child ")
+                    finally:
+                        os._exit(0)
+                os.waitpid(child, 0)
+                self.wfile.write(b"bye")
+
+        with serving(tcp, Forking) as server, connected(server) as client:
+            assert received(client) == b"ready child bye"
 
 
 class TestRequests:

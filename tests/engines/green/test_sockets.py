@@ -30,7 +30,7 @@ from portico.engines.green.outbox import OUTBOX_SIZE, GreenWriter
 from portico.engines.green.sockets import GreenSocket
 from portico.handlers import _SocketWriter
 from tests.engines.green.conftest import Stage, make_hub
-from tests.support import PATIENCE, Call
+from tests.support import PATIENCE, Call, in_child
 
 SOON = 0.01
 """Seconds of a timeout that is meant to come."""
@@ -1486,6 +1486,49 @@ class TestWriter:
 
         stage.run(write)
 
+    def test_nobody_waits_for_the_rest_of_a_write_that_was_interrupted(self, stage: Stage) -> None:
+        """But whoever writes on: the peer gets no gap."""
+        ours, peer = stage.pair()
+        count = fill(ours)
+        words = b"0123456789" * (OUTBOX_SIZE // 10 + 1)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                writer.write(words)
+            stage.hub.sleep(0)
+            stage.hub.give_way()
+            reading = Call(lambda: take(peer, count + len(words) + 4))
+            writer.write(b"late")
+            stage.hub.sleep(0)
+            assert stage.hub.run_in_thread(reading.result)[count:] == words + b"late"
+
+        stage.run(write)
+
+    @pytest.mark.parametrize("end", ["close", "shutdown", "writer"])
+    def test_the_end_does_not_wait_for_the_rest_of_a_write_that_was_interrupted(
+        self, stage: Stage, end: str
+    ) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            stage.hub.call_soon(getcurrent().throw, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                writer.write(b"x" * OUTBOX_SIZE)
+            if end == "writer":
+                assert isinstance(writer, GreenWriter)
+                writer.flush_at_end()
+                writer.close()
+            elif end == "shutdown":
+                ours.shutdown(socket.SHUT_WR)
+            ours.close()
+
+        stage.run(write)
+        assert drain(peer) == count
+
     def test_a_wait_after_an_interrupted_flush_sends_the_rest(self, stage: Stage) -> None:
         ours, peer = stage.pair(socket.AF_UNIX)
         count = fill(ours)
@@ -1577,6 +1620,29 @@ class TestWriter:
 
         stage.run(broadcast, write)
         assert trace == ["sent"]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+    def test_a_forked_child_leaves_to_its_parent_what_a_slow_peer_has_no_room_for(
+        self, stage: Stage
+    ) -> None:
+        ours, peer = stage.pair()
+        count = fill(ours)
+
+        def write() -> None:
+            writer = ours.make_writer()
+            writer.write(b"rest")
+            assert in_child(writer.flush) == 0  # there is nothing for which it would wait
+            reading = Call(lambda: take(peer, count + 4))
+            writer.flush()
+            assert stage.hub.run_in_thread(reading.result)[count:] == b"rest"
+
+        stage.run(write)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+    def test_a_lock_that_a_thread_held_at_a_fork_is_free_in_the_child(self, stage: Stage) -> None:
+        """The watchdog may be sending at that moment, and there is none in the child."""
+        with stage.hub.sending:
+            assert in_child(lambda: stage.hub.sending.acquire(blocking=False) or 1 / 0) == 0
 
     def test_many_slow_peers_are_waited_for_one_after_the_other(self, stage: Stage) -> None:
         """Not each within the wait for the one before; and only by the greenlet that wrote."""

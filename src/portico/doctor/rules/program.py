@@ -66,7 +66,8 @@ def _of_trial(service: ServiceSettings, trial: Trial) -> Iterator[Finding]:
                 found,
                 "a handler that lets others go on while it waits or computes",
                 "portico.to_thread(...) around the call, portico.sleep in the place of "
-                "time.sleep, another engine, or --hubs",
+                "time.sleep, no lock that is held while a handler waits for its client, "
+                "another engine, or --hubs",
             )
         else:
             yield ok("trial", f"{found}; the {service.settings.engine} engine can bear that")

@@ -69,9 +69,14 @@ class GreenMixIn(_Base):
     """Serve each request in a greenlet.
 
     The handlers of a server share one thread, its hub.  A handler runs until it waits for its
-    connection; then the others do.  The hooks of the accept path (`get_request`,
-    `verify_request`, `process_request`, `service_actions`) run in that thread, too, while
-    `serve_forever` waits in the one that called it.
+    connection, or in a helper such as `to_thread`; then the others do.  Whatever else it waits for
+    (a lock, a queue, a database), all of them wait for.  A lock that one holds while it waits for
+    its client stops the hub for good when another wants it, and does not keep the other out if it
+    is an `RLock`; a `threading.local` is the same for all.
+
+    The hooks of the accept path (`get_request`, `verify_request`, `process_request`,
+    `service_actions`) run in that thread, too, while `serve_forever` waits in the one that called
+    it.
 
     Owns `process_request` and `process_request_thread`; extends `serve_forever`, `shutdown`,
     `get_request` and `server_close`.

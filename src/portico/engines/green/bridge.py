@@ -2,7 +2,7 @@
 
 In a greenlet of the green engine they let the others run meanwhile.  In a thread, or in the
 serial engine, they do what their names say with the thread itself.  So a handler does not know
-its engine.
+its engine.  They are for sequential code: a coroutine that waits here would hold up its loop.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import time
 from collections.abc import Awaitable, Callable
 from math import inf
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, ParamSpec, Self, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 from portico.engines.green.hub import Alarm, Hub, running
+from portico.errors import CoroutineError, SettingError
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
+
+JOIN: Final = ("Spawned.join", "await asyncio.to_thread(spawned.join)")
+"""The name of the wait for what was spawned, and what a coroutine does in its place."""
 
 P = ParamSpec("P")
 _T = TypeVar("_T")
@@ -39,8 +43,9 @@ def to_thread(function: Callable[P, _T], /, *args: P.args, **kwargs: P.kwargs) -
 
     Raises:
         BaseException: What the function raised.
+        CoroutineError: It was called in a coroutine.
     """
-    hub = hub_of_greenlet()
+    hub = hub_of_greenlet("to_thread", "await asyncio.to_thread(...)")
     if hub is None:
         return function(*args, **kwargs)
     context = contextvars.copy_context()
@@ -58,17 +63,29 @@ def await_(awaitable: Awaitable[_T]) -> _T:
 
     Raises:
         BaseException: What it raised.
-        RuntimeError: It was called by a task or a callback of asyncio, where ``await`` belongs.
+        CoroutineError: It was called in a coroutine.
     """
-    hub = hub_of_greenlet()
+    try:
+        hub = hub_of_greenlet("await_", "await")
+    except CoroutineError:
+        if asyncio.iscoroutine(awaitable):
+            awaitable.close()  # or Python warns that nobody awaits it, which says less
+        raise
     if hub is None:
         return asyncio.run(_wait_for(awaitable))
     return hub.wait_for(asyncio.ensure_future(awaitable, loop=hub))
 
 
 def sleep(seconds: float) -> None:
-    """Do nothing for some seconds; in the green engine, the others go on."""
-    hub = hub_of_greenlet()
+    """Do nothing for some seconds; in the green engine, the others go on.
+
+    Raises:
+        SettingError: The seconds are negative, or not a number.
+        CoroutineError: It was called in a coroutine.
+    """
+    if not seconds >= 0:  # so it is with NaN, for which every comparison is false
+        raise SettingError("seconds", seconds, "0 or more")
+    hub = hub_of_greenlet("sleep", "await asyncio.sleep(...)")
     if hub is None:
         _sleep_here(seconds)
     else:
@@ -78,9 +95,9 @@ def sleep(seconds: float) -> None:
 def spawn(function: Callable[P, _T], /, *args: P.args, **kwargs: P.kwargs) -> Spawned[_T]:
     """Run a function beside the handler: in a greenlet of its hub, or in a thread.
 
-    It sees the context variables of the caller.
+    It sees the context variables of the caller.  A coroutine may call it, too, as it does not wait.
     """
-    hub = hub_of_greenlet()
+    hub = running()
     context = contextvars.copy_context()
     if hub is None:
         return _Thread(lambda: context.run(function, *args, **kwargs))
@@ -100,8 +117,15 @@ def timeout(seconds: float | None) -> Timeout:
     module; a computation, or a system call such as a read from a socket, is not interrupted (a
     socket has `settimeout` for that), and the error comes when the block ends.
 
+    A write to `wfile` that it ends is given up: what has not left yet leaves before what the
+    handler writes next, and is dropped if that is nothing.  A `wfile` with a buffer of its own
+    (`wbufsize`) still waits for the client when the handler ends.
+
     Args:
         seconds: How long; ``None`` for no limit.
+
+    Raises:
+        CoroutineError: The block is in a coroutine.
     """
     return Timeout(seconds)
 
@@ -122,6 +146,9 @@ class Spawned(abc.ABC, Generic[_T]):
 
         Returns:
             Whether it has.
+
+        Raises:
+            CoroutineError: It was called in a coroutine.
         """
 
     def result(self, timeout: float | None = None) -> _T:
@@ -133,6 +160,7 @@ class Spawned(abc.ABC, Generic[_T]):
         Raises:
             BaseException: What the function raised.
             TimeoutError: It has not ended in time.
+            CoroutineError: It was called in a coroutine.
         """
         if not self.join(timeout):
             raise TimeoutError("timed out")
@@ -157,6 +185,7 @@ class _Thread(Spawned[_T]):
         self._thread.start()
 
     def join(self, timeout: float | None = None) -> bool:
+        hub_of_greenlet(*JOIN)
         deadline = inf if timeout is None else time.monotonic() + timeout
         self._thread.join(min(max(0.0, deadline - time.monotonic()), _remaining_here()))
         if self._thread.is_alive() and not _remaining_here():
@@ -179,7 +208,7 @@ class _Greenlet(Spawned[_T]):
         hub.run_soon(spawned)
 
     def join(self, timeout: float | None = None) -> bool:
-        hub = hub_of_greenlet()
+        hub = hub_of_greenlet(*JOIN)
         if hub is not None:
             alarm = Alarm(hub)
             self._tell(lambda: hub.call_anywhere(alarm.ring))
@@ -233,9 +262,9 @@ class Timeout:
         self._deadline = inf
 
     def __enter__(self) -> Self:
+        hub = hub_of_greenlet("timeout", "async with asyncio.timeout(...)")
         if self._seconds is None:
             return self
-        hub = hub_of_greenlet()
         if hub is not None:
             self._timer = hub.call_later(self._seconds, self._interrupt_greenlet, getcurrent())
             return self
@@ -278,10 +307,23 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def hub_of_greenlet() -> Hub | None:
-    """Return the hub on which the caller can wait by switching; ``None`` if it cannot."""
+def hub_of_greenlet(name: str, expected: str) -> Hub | None:
+    """Return the hub on which the caller waits by switching; ``None`` in a thread without one.
+
+    Args:
+        name: Of the function that would wait.
+        expected: What a coroutine would use in its place.
+
+    Raises:
+        CoroutineError: The caller is a task, or a callback of the hub.
+    """
     hub = running()
-    return None if hub is None or hub.is_current() else hub
+    if hub is None:
+        if asyncio._get_running_loop() is None or asyncio.current_task() is None:
+            return None
+    elif not hub.is_current():
+        return hub
+    raise CoroutineError(name, expected)
 
 
 async def _wait_for(awaitable: Awaitable[_T]) -> _T:

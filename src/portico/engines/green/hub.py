@@ -79,6 +79,9 @@ class Unsent(Protocol):
     def send_now(self) -> None:
         """Send what the system takes at once; never raise `OSError`."""
 
+    def leave_to_parent(self) -> None:
+        """Hold nothing in a child process: the parent sends what is left."""
+
 
 class Hub(asyncio.SelectorEventLoop):
     """An asyncio event loop that runs greenlets as well.
@@ -282,6 +285,11 @@ class Hub(asyncio.SelectorEventLoop):
         """Leave the parent's hub alone; called in a child process, perhaps by a greenlet."""
         self.is_forked = True
         self.greenlet, self.switch = NOBODY, NOBODY.switch
+        self.sending = (
+            Lock()
+        )  # another thread, which there is no more, may have held the one before
+        for outbox in self.unsent:
+            outbox.leave_to_parent()
         self.unsent.clear()
         self.poller.abandon()
         self.stop()
@@ -342,6 +350,18 @@ def _nothing() -> None:
     """Do nothing."""
 
 
+def _before_fork() -> None:
+    """Send what was written before a child comes that may write to the same connection.
+
+    Without a wait, for which others would run in the midst of a fork.
+    """
+    hub = running()
+    if hub is not None and hub.unsent:
+        with hub.sending:
+            for outbox in tuple(hub.unsent):
+                outbox.send_now()
+
+
 def _after_fork() -> None:
     """Take the hubs of the parent out of service in a child."""
     _running.clear()
@@ -350,7 +370,7 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 @contextmanager

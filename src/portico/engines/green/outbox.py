@@ -34,7 +34,16 @@ class Outbox:
     `send_now`, so taking from it is under the hub's lock `sending`.
     """
 
-    __slots__ = ("_error", "_hub", "_send_now", "_sock", "chunks", "is_listed", "size")
+    __slots__ = (
+        "_error",
+        "_hub",
+        "_send_now",
+        "_sock",
+        "chunks",
+        "is_given_up",
+        "is_listed",
+        "size",
+    )
 
     def __init__(self, sock: GreenSocket) -> None:
         self._sock = sock
@@ -48,6 +57,9 @@ class Outbox:
         """Bytes in `chunks`, or more if the watchdog sent some."""
         self.is_listed = False
         """Whether the hub will send this before the greenlet waits."""
+        self.is_given_up = False
+        """Whether this is the rest of a write that was interrupted: it leaves before what is
+        written next, if anything is, and nobody waits for it by himself."""
 
     def open(self) -> bool:
         """Prepare to collect, and have it sent; return whether chunks may be collected here.
@@ -58,6 +70,7 @@ class Outbox:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        self.is_given_up = False
         hub = self._hub
         if hub is None or getcurrent().parent is not hub.greenlet:
             hub = running()
@@ -111,11 +124,32 @@ class Outbox:
         return not left
 
     def send_collected(self) -> None:
-        """Send everything, waiting for the peer; an error is kept for the next write."""
+        """Send everything, waiting for the peer; an error is kept for the next write.
+
+        Without a wait for what was given up.  Interrupted, it has given up nothing: whoever wrote
+        this was told that it will leave.
+        """
+        if self.is_given_up:
+            self.send_at_once()
+            return
         try:
             self.send()
         except OSError as error:
             self._error = error
+        except BaseException:
+            self.is_given_up = False
+            self.list_again()
+            raise
+
+    def end(self) -> None:
+        """Send what the system takes of what was given up, and forget the rest.
+
+        And its failure: nobody is left to be told.
+        """
+        if self.is_given_up:
+            self.send_at_once()
+            self._drop()
+            self._error = None
 
     def list_again(self) -> None:
         """Have what is left sent before the next wait, after one that was interrupted."""
@@ -129,6 +163,13 @@ class Outbox:
             self._push()
         except OSError as error:
             self._error = error
+
+    def leave_to_parent(self) -> None:
+        """Hold nothing in a child process: the parent sends what is left."""
+        self.chunks.clear()
+        self.size = 0
+        self.is_listed = False
+        self._hub = None
 
     def _push(self) -> int:
         """Send what the system takes, under the hub's lock; return how many bytes it left.
@@ -185,8 +226,8 @@ class Outbox:
             self._drop()
             self._error = OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
             raise
-        except BaseException:
-            self.list_again()
+        except BaseException:  # of a timeout around the caller, who may go on to write
+            self.is_given_up = True
             raise
 
     def _unlist(self) -> None:
@@ -242,3 +283,12 @@ class GreenWriter(_SocketWriter):
         """
         if not self.closed:
             self._outbox.flush()
+
+    def flush_at_end(self) -> None:
+        """Send what was written, and do not wait for the rest of a write that was interrupted.
+
+        Raises:
+            OSError: As `write`.
+        """
+        self._outbox.end()
+        self.flush()

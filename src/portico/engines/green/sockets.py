@@ -589,6 +589,7 @@ class GreenSocket(socket.socket):
 
     def close(self) -> None:
         if self.outbox is not None:
+            self.outbox.end()
             self.outbox.send_collected()
         self._closed = True
         if self._io_refs > 0:
