@@ -1488,7 +1488,7 @@ class TestWriter:
 
     def test_nobody_waits_for_the_rest_of_a_write_that_was_interrupted(self, stage: Stage) -> None:
         """But whoever writes on: the peer gets no gap."""
-        ours, peer = stage.pair()
+        ours, peer = stage.pair(socket.AF_UNIX)
         count = fill(ours)
         words = b"0123456789" * (OUTBOX_SIZE // 10 + 1)
 
@@ -1510,7 +1510,7 @@ class TestWriter:
     def test_the_end_does_not_wait_for_the_rest_of_a_write_that_was_interrupted(
         self, stage: Stage, end: str
     ) -> None:
-        ours, peer = stage.pair()
+        ours, peer = stage.pair(socket.AF_UNIX)
         count = fill(ours)
 
         def write() -> None:
@@ -1625,7 +1625,7 @@ class TestWriter:
     def test_a_forked_child_leaves_to_its_parent_what_a_slow_peer_has_no_room_for(
         self, stage: Stage
     ) -> None:
-        ours, peer = stage.pair()
+        ours, peer = stage.pair(socket.AF_UNIX)
         count = fill(ours)
 
         def write() -> None:
