@@ -22,7 +22,7 @@ from portico.timekeeper import Timekeeper
 from portico.traffic import idle_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from portico.connection import ClientAddress, Request
     from portico.events import CloseReason, RefusalReason
@@ -109,7 +109,7 @@ class Guard:
         self.drain: Drain | None = None
         """The drain under way, or the last one."""
         self.verifies_late = False
-        """Whether a peer is not known before its preamble, because a proxy speaks for it."""
+        """Whether `verify_request` waits for the preamble, which tells who the peer is."""
         self.tracks_plainly = False
         """Whether a connection that comes is remembered without further questions: it needs no
         place, has no limit in time, and ends where the hooks of this library see it."""
@@ -149,19 +149,22 @@ class Guard:
         admission = {name: getattr(server, name) for name in ADMISSION}
         deadlines = {name: getattr(server, name) for name in DEADLINES}
         peers_come = getattr(server, "proxy_protocol", None) is None
-        self.verifies_late = not peers_come
-        self.connections.holds_weakly = not _sees_every_end(server)
+        self.verifies_late = getattr(server, "_verifies_late", False)
+        # A program's own hooks may take a connection away and never say what became of it.
+        self.connections.holds_weakly = not are_ours(server, AT_THE_END)
         settings = admission, deadlines, server.when_full, peers_come
         if settings != self._settings:
-            self._build(admission, deadlines)
+            self._build(admission, deadlines, peers_come)
             self._settings = settings
         self.tracks_plainly = (
             self.gate is None and self.keeper is None and not self.connections.holds_weakly
         )
 
-    def _build(self, admission: dict[str, Any], deadlines: dict[str, Any]) -> None:
+    def _build(
+        self, admission: dict[str, Any], deadlines: dict[str, Any], peers_come: bool
+    ) -> None:
         """Build what the settings ask for."""
-        server, peers_come = self._server, not self.verifies_late
+        server = self._server
         when_full = read_when_full(server.when_full)
         rules, limits = AdmissionRules(**admission), Rules(**deadlines)
         self._exchange_gate(
@@ -425,12 +428,9 @@ def check_timeout(name: str, value: float | None) -> None:
         raise SettingError(name, value, "0 or more seconds, or None for no limit")
 
 
-def _sees_every_end(server: Any) -> bool:
-    """Say whether the hooks that see a connection to its end are all this library's own.
-
-    A program's own may take a connection away and never say what became of it.
-    """
-    hooks = (getattr(server, name, None) for name in AT_THE_END)
+def are_ours(server: Any, hooks: Iterable[str]) -> bool:
+    """Say whether these hooks of a server, as far as it has them, are all this library's own."""
+    found = (getattr(server, name, None) for name in hooks)
     return all(
-        hook is None or getattr(hook, "__module__", "").startswith("portico.") for hook in hooks
+        hook is None or getattr(hook, "__module__", "").startswith("portico.") for hook in found
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import threading
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -73,19 +74,22 @@ class Preamble:
         Raises:
             PreambleError: The peer did not do its part, or not in time.
         """
-        connection = server._guard.connections.get(request)
-        patience = None if connection is None else connection.patience
+        guard = server._guard
+        connection = guard.connections.get(request)
+        if connection is None:  # it came past the step of the loop
+            connection = guard.track(request, client_address)
+            connection.thread = threading.get_native_id()
+        patience = connection.patience
         deadline = Deadline(self._timeout if patience is None else patience)
         before = request.gettimeout()
         if self._proxies is not None:
             header = read_header(request, client_address, self._proxies, deadline)
             if header is not None:
-                if connection is not None:
-                    connection.proxy_header = header
+                connection.proxy_header = header
                 if header.source is not None:
                     client_address = header.source
         context = self._context(server)
-        if context is not None and not isinstance(request, ssl.SSLSocket):
+        if context is not None and not has_shaken_hands(request):
             listener = self._listener
             request = shake_hands(
                 request,
@@ -98,9 +102,25 @@ class Preamble:
         request.settimeout(before)
         return request, client_address
 
+    def over_tls(self, server: Any, request: socket.socket) -> socket.socket:
+        """Have a connection speak TLS, if it is to; hands are shaken by the first who reads.
+
+        Raises:
+            OSError: The peer has gone; the connection is closed.
+        """
+        context = self._context(server)
+        if context is None or isinstance(request, ssl.SSLSocket):
+            return request
+        listener = self._listener
+        try:
+            return wrap(request, context, listener is None or listener.suppress_ragged_eofs)
+        except BaseException:
+            request.close()
+            raise
+
     def begins_with_peer(self, request: Any, client_address: ClientAddress) -> bool:
         """Say whether the first byte of a connection is its peer's, whatever its handler does."""
-        if isinstance(request, ssl.SSLSocket):
+        if has_shaken_hands(request):
             return False
         if self._listener is not None or self._tls is not None:
             return True
@@ -214,12 +234,9 @@ def shake_hands(
 ) -> ssl.SSLSocket:
     """Speak TLS over a connection, which becomes the result's.
 
-    Sets ``TCP_NODELAY``: the session tickets of TLS 1.3 are on their way when the first reply is
-    written, and Nagle's algorithm would hold that back until the peer acknowledges them, which it
-    delays by 40 ms.
-
     Args:
-        sock: The connection.
+        sock: The connection; one that speaks TLS already, and only has to shake hands, stays the
+            same object and is left open if that fails.
         context: The server's.
         deadline: Of the preamble.
         is_eager: Whether to shake hands now; if not, the handler does.
@@ -230,24 +247,17 @@ def shake_hands(
     Raises:
         PreambleError: The peer does not speak TLS, or not in time.  The connection is closed.
     """
-    disable_nagle(sock)
-    tls: ssl.SSLSocket | None = None
+    tls = sock if isinstance(sock, ssl.SSLSocket) else None
     try:
         deadline.apply(sock)
-        # Of a connection that is down already, wrap_socket leaves an open socket to the collector.
-        sock.getpeername()
-        tls = context.wrap_socket(
-            sock,
-            server_side=True,
-            do_handshake_on_connect=False,
-            suppress_ragged_eofs=suppress_ragged_eofs,
-        )
-        if on_exchange is not None:
-            on_exchange(sock, tls)
+        if tls is None:
+            tls = wrap(sock, context, suppress_ragged_eofs)
+            if on_exchange is not None:
+                on_exchange(sock, tls)
         if is_eager:
             tls.do_handshake()
     except BaseException as error:
-        if tls is not None:
+        if tls is not None and tls is not sock:
             if on_exchange is not None:
                 on_exchange(tls, sock)
             tls.close()
@@ -257,6 +267,32 @@ def shake_hands(
             raise PreambleError(TLS_HANDSHAKE, _reason(error)) from error
         raise
     return tls
+
+
+def wrap(sock: socket.socket, context: ssl.SSLContext, suppress_ragged_eofs: bool) -> ssl.SSLSocket:
+    """Make a TLS socket of a connection, without a byte in either direction.
+
+    Sets ``TCP_NODELAY``: the session tickets of TLS 1.3 are on their way when the first reply is
+    written, and Nagle's algorithm would hold that back until the peer acknowledges them, which it
+    delays by 40 ms.
+
+    Raises:
+        OSError: The peer has gone; the connection is still the caller's.
+    """
+    disable_nagle(sock)
+    # Of a connection that is down already, wrap_socket leaves an open socket to the collector.
+    sock.getpeername()
+    return context.wrap_socket(
+        sock,
+        server_side=True,
+        do_handshake_on_connect=False,
+        suppress_ragged_eofs=suppress_ragged_eofs,
+    )
+
+
+def has_shaken_hands(request: Any) -> bool:
+    """Say whether TLS is spoken over a connection."""
+    return isinstance(request, ssl.SSLSocket) and request.version() is not None
 
 
 def disable_nagle(sock: socket.socket) -> None:
