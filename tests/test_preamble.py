@@ -22,8 +22,9 @@ from portico.preamble import (
     read_tls,
     say_goodbye,
     shake_hands,
+    wrap,
 )
-from tests.support import PATIENCE, Call, Client, goodbye, reset
+from tests.support import PATIENCE, Call, Client, goodbye, received, reset
 from tests.tls import Authority
 
 LINE = b"PROXY TCP4 192.0.2.1 192.0.2.9 4000 80\r\n"
@@ -193,6 +194,20 @@ def test_what_is_not_tls_is_closed_and_told(
     assert (before, after) == (request, request)
     assert tls is tls_again
     assert tls.fileno() == -1
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_the_alert_of_a_handshake_that_fails_is_not_lost_to_a_reset(
+    pair: Pair, context: ssl.SSLContext, is_wrapped: bool
+) -> None:
+    """Although OpenSSL reads no further than to what is wrong."""
+    request, peer = pair
+    peer.sendall(b"\x16\x03\x01\x00\x04\x00\x00\x00\x00" + bytes(1000))  # no ClientHello
+    ours = wrap(request, context, suppress_ragged_eofs=True) if is_wrapped else request
+    with ours:
+        with pytest.raises(PreambleError):
+            shake_hands(ours, context, Deadline(PATIENCE))
+    assert received(peer)[:2] == b"\x15\x03"
 
 
 @pytest.mark.parametrize("timeout", [0.02, 1e-9])

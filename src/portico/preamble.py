@@ -10,6 +10,7 @@ a header); tcp(7), ``TCP_NODELAY``.
 
 from __future__ import annotations
 
+import _socket
 import socket
 import ssl
 import threading
@@ -35,6 +36,9 @@ PROXY_HEADER: Final = "PROXY header"
 
 TLS_HANDSHAKE: Final = "TLS handshake"
 """The stage in which hands are shaken."""
+
+UNREAD: Final = 65_536
+"""Bytes that are read and dropped of a peer whose handshake failed."""
 
 
 class Preamble:
@@ -257,10 +261,12 @@ def shake_hands(
         if is_eager:
             tls.do_handshake()
     except BaseException as error:
-        if tls is not None and tls is not sock:
-            if on_exchange is not None:
-                on_exchange(tls, sock)
-            tls.close()
+        if tls is not None:
+            leave_last_word(tls)
+            if tls is not sock:
+                if on_exchange is not None:
+                    on_exchange(tls, sock)
+                tls.close()
         if isinstance(error, TimeoutError):
             raise PreambleError(TLS_HANDSHAKE, "it took too long", is_late=True) from error
         if isinstance(error, OSError | ValueError):  # wrap_socket raises the latter, too
@@ -299,6 +305,19 @@ def disable_nagle(sock: socket.socket) -> None:
     """Have small writes leave at once, where there is anything that would hold them back."""
     with suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def leave_last_word(tls: ssl.SSLSocket) -> None:
+    """Have what OpenSSL said last, such as why it refuses a certificate, reach the peer.
+
+    Closing a connection with unread bytes resets it: a client that writes before it reads learns
+    nothing else then.  Never waits, so that what comes later is not read.
+    """
+    with suppress(OSError):
+        tls.settimeout(0)
+        # Below TLS, which has ended.
+        _socket.socket.shutdown(tls, socket.SHUT_WR)
+        _socket.socket.recv(tls, UNREAD)
 
 
 def say_goodbye(tls: ssl.SSLSocket) -> None:
