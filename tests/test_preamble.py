@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 import pytest
 
 from portico import BaseRequestHandler, TCPServer
 from portico.certificates import Certificates
+from portico.deadlines import LONGEST_WAIT
 from portico.errors import PreambleError, SettingError
 from portico.networks import Networks
 from portico.preamble import (
@@ -241,11 +243,16 @@ def test_what_is_no_error_of_the_peer_passes_through(
     assert pair[1].recv(1) == b""
 
 
+def test_a_deadline_may_be_further_away_than_a_wait_can_be(pair: Pair) -> None:
+    Deadline(1e11).apply(pair[0])
+    assert pair[0].gettimeout() == LONGEST_WAIT
+
+
 # --- settings ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("timeout", [0, -1])
-def test_a_handshake_needs_time(timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1, inf, "5"])
+def test_a_handshake_needs_time_and_comes_to_an_end(timeout: Any) -> None:
     with pytest.raises(SettingError, match="handshake_timeout"):
         Preamble(None, ["10.0.0.0/8"], timeout, None)
 

@@ -104,6 +104,17 @@ def test_a_connection_whose_time_is_over_is_ended_and_told(scene: Scene) -> None
     keeper.stop()
 
 
+def test_a_limit_may_be_longer_than_a_thread_can_wait(scene: Scene) -> None:
+    keeper = scene.keep(Rules(request_timeout=1e11))
+    connection = scene.add()
+    keeper.wake()
+    eventually(lambda: connection.memory is not None, "it was looked at")
+    scene.connections.remove(scene.ours[0])
+    keeper.close()
+    eventually(lambda: not is_watching(keeper))
+    assert not connection.was_cut
+
+
 def test_a_timekeeper_sleeps_while_no_connection_is_open_and_can_be_woken(scene: Scene) -> None:
     keeper = scene.keep(SHORT)
     for _ in range(2):

@@ -7,16 +7,14 @@ open connections that all of them work on.  Without such settings, that set is a
 from __future__ import annotations
 
 import os
-from math import inf
 from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from portico.admission import AdmissionRules
 from portico.connection import Connection, Connections, can_be_tracked
-from portico.deadlines import TICK, Rules
+from portico.deadlines import TICK, Rules, check_limit
 from portico.drain import Drain
-from portico.errors import SettingError
 from portico.gate import Gate, WhenFull, read_when_full
 from portico.timekeeper import Timekeeper
 from portico.traffic import idle_seconds
@@ -424,8 +422,7 @@ def check_timeout(name: str, value: float | None) -> None:
     Raises:
         SettingError: It is negative, or no number.
     """
-    if value is not None and not 0 <= value < inf:
-        raise SettingError(name, value, "0 or more seconds, or None for no limit")
+    check_limit(name, value, may_be_zero=True)
 
 
 def are_ours(server: Any, hooks: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from portico import proxy
 from portico.certificates import Certificates
+from portico.deadlines import LONGEST_WAIT, check_limit
 from portico.errors import PreambleError, ProxyHeaderError, SettingError
 from portico.networks import Networks, ip_address_of
 
@@ -62,8 +63,7 @@ class Preamble:
         timeout: float | None,
         listener: Any,
     ) -> None:
-        if timeout is not None and not timeout > 0:
-            raise SettingError("handshake_timeout", timeout, "more than 0, or None for no limit")
+        check_limit("handshake_timeout", timeout)
         self.settings = tls, proxies, timeout, listener
         self._proxies = None if proxies is None else Networks.read("proxy_protocol", proxies)
         self._timeout = timeout
@@ -179,7 +179,7 @@ class Deadline:
             remaining = self._instant - monotonic()
             if remaining <= 0:
                 raise TimeoutError("timed out")
-            sock.settimeout(remaining)
+            sock.settimeout(min(remaining, LONGEST_WAIT))
 
 
 def read_header(

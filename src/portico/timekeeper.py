@@ -15,7 +15,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from portico.deadlines import Deadlines, Memory, Rules
+from portico.deadlines import LONGEST_WAIT, Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
 from portico.traffic import look, with_activity
 
@@ -107,7 +107,8 @@ class Timekeeper:
             next_look = self.look_at_all(monotonic())
             # Whoever comes meanwhile is looked at after `_pause` at the latest, which is in time
             # for its first look.
-            self._changed.wait(max(self._rest, min(next_look - monotonic(), self._pause)))
+            patience = min(next_look - monotonic(), self._pause, LONGEST_WAIT)
+            self._changed.wait(max(self._rest, patience))
 
     def _may_end(self) -> bool:
         """Say whether the thread has nothing left to do; note if nobody is there to look at."""
