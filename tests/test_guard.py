@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from portico.events import (
     ConnectionClosed,
     ConnectionRefused,
     DeadlineExpired,
+    HandlerFailed,
     RefusalReason,
 )
 from portico.guard import Guard, check_timeout
@@ -46,6 +48,7 @@ from tests.support import (
     nothing_left_behind,
     recorded,
 )
+from tests.tls import Authority
 
 LOOPBACK = ("127.0.0.1", 0)
 
@@ -89,6 +92,7 @@ def refused_or_told(running: RunningServer[Any]) -> bytes:
     ("name", "value"),
     [
         ("when_full", "drop"),
+        ("farewell", "busy"),
         ("drain_timeout", -1),
         ("drain_timeout", float("nan")),
         ("drain_timeout", "5"),
@@ -161,6 +165,57 @@ def test_connections_that_are_open_count_by_rules_that_change(server: Server) ->
             with again.connect() as fourth:
                 exchange(fourth)
         second.close()
+
+
+def by_attribute(server: Any, context: ssl.SSLContext) -> None:
+    server.ssl_context = context
+
+
+def by_wrapping(server: Any, context: ssl.SSLContext) -> None:
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+
+
+def by_hand(server: Any, context: ssl.SSLContext) -> None:
+    def get_request() -> Any:
+        request, client_address = server.socket.accept()
+        tls = context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        return tls, client_address
+
+    server.get_request = get_request
+
+
+@pytest.mark.parametrize("idiom", [by_attribute, by_wrapping, by_hand])
+def test_there_is_no_farewell_over_tls(
+    server: Server, idiom: Callable[[Any, ssl.SSLContext], None], authority: Authority
+) -> None:
+    """A client would take it for a broken handshake, or for an attack."""
+    server.max_connections, server.when_full, server.farewell = 1, "refuse", b"full"
+    pair = authority.issue()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    idiom(server, context)
+    with (
+        recorded(ConnectionRefused, HandlerFailed) as told,
+        RunningServer(server) as running,
+        running.connect() as first,
+    ):
+        assert refused_or_told(running) == b""
+        eventually(lambda: told)
+        assert [type(event) for event in told] == [ConnectionRefused]
+        first.close()
+
+
+def test_a_farewell_waits_for_nothing_where_sockets_have_a_timeout(server: Server) -> None:
+    """What the client says is read, but not waited for: it says nothing."""
+    server.max_connections, server.when_full, server.farewell = 1, "refuse", b"full"
+    with RunningServer(server) as running, running.connect() as first:
+        exchange(first)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(2 * PATIENCE)
+        try:
+            assert refused_or_told(running) == b"full"
+        finally:
+            socket.setdefaulttimeout(before)
 
 
 def test_connections_that_came_without_a_limit_are_counted_when_there_is_one(

@@ -297,6 +297,10 @@ class TCPServer(BaseServer):
             and speaks_tls(self, self.__dict__.get("socket"))
         )
 
+    def _speaks_plainly(self, request: Request) -> bool:
+        is_tls = self.ssl_context is not None or speaks_tls(self, self.socket)
+        return not is_tls and super()._speaks_plainly(request)
+
     def proxy_header(self, request: Any) -> Header | None:
         """Return what a proxy said of a connection; ``None`` if it said nothing.
 

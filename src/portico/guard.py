@@ -15,6 +15,7 @@ from portico.admission import AdmissionRules
 from portico.connection import Connection, Connections, can_be_tracked
 from portico.deadlines import TICK, Rules, check_limit
 from portico.drain import Drain
+from portico.errors import SettingError
 from portico.gate import Gate, WhenFull, read_when_full
 from portico.timekeeper import Timekeeper
 from portico.traffic import idle_seconds
@@ -144,6 +145,8 @@ class Guard:
         if self._process != os.getpid():
             self._leave_parent()
         check_timeout("drain_timeout", server.drain_timeout)
+        if not isinstance(server.farewell, bytes | bytearray | memoryview):
+            raise SettingError("farewell", server.farewell, "bytes")
         admission = {name: getattr(server, name) for name in ADMISSION}
         deadlines = {name: getattr(server, name) for name in DEADLINES}
         peers_come = getattr(server, "proxy_protocol", None) is None

@@ -175,13 +175,17 @@ class RequestPath:
     def _refuse(
         self, request: Request, client_address: ClientAddress, reason: RefusalReason
     ) -> None:
-        if reason is RefusalReason.TOO_MANY and self.farewell:
+        if reason is RefusalReason.TOO_MANY and self.farewell and self._speaks_plainly(request):
             say_farewell(request, self.farewell)
         self._end(request)
         if self._guard.counter is not None:
             self._guard.counter.note_refused(reason)
         if ConnectionRefused.subscribers:
             emit(ConnectionRefused(self, client_address, reason))
+
+    def _speaks_plainly(self, request: Request) -> bool:
+        """Say whether a client reads words as they are, and not as those of another protocol."""
+        return not hasattr(request, "unwrap")  # as a socket of ssl has it
 
     def _finish(
         self, request: Request, client_address: ClientAddress, started: float | None
@@ -338,6 +342,8 @@ def say_farewell(request: Request, farewell: bytes) -> None:
     words may be lost.
     """
     try:
+        if isinstance(request, socket.socket):  # that has a timeout waits in spite of the flag
+            request.settimeout(0)
         request.send(farewell, socket.MSG_DONTWAIT)
         request.recv(65536, socket.MSG_DONTWAIT)
     except (OSError, AttributeError, TypeError):  # gone, or no connection
