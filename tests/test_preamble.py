@@ -267,10 +267,11 @@ def test_tls_is_a_context_or_certificates_or_a_pair_of_paths(authority: Authorit
     assert read_tls(None) is None
 
 
-@pytest.mark.parametrize("value", ["cert.pem", ("cert.pem",), 5])
-def test_anything_else_is_no_tls(value: object) -> None:
-    with pytest.raises(SettingError, match="ssl_context"):
+@pytest.mark.parametrize("value", ["a secret", ("a.pem", "a.key", "a secret"), 5])
+def test_anything_else_is_no_tls_and_is_not_shown(value: object) -> None:
+    with pytest.raises(SettingError, match=r"ssl_context=.*<class .*: expected") as failed:
         read_tls(value)
+    assert "secret" not in repr(failed.value) + str(failed.value)
 
 
 def test_certificates_are_looked_at_before_workers_that_forget_do(authority: Authority) -> None:

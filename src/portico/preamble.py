@@ -156,7 +156,9 @@ def read_tls(value: Any) -> ssl.SSLContext | Certificates | None:
     if isinstance(pair, tuple) and len(value) == 2:
         return Certificates(value[0], value[1])
     expected = "an ssl.SSLContext, portico.Certificates, or the paths of certificate and key"
-    raise SettingError("ssl_context", value, expected)
+    # Of what kind it is, and not what: it may be a key itself, or the password of one beside it.
+    kind = tuple(map(type, value)) if isinstance(pair, tuple) else type(pair)
+    raise SettingError("ssl_context", kind, expected)
 
 
 class Deadline:
