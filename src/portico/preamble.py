@@ -92,7 +92,7 @@ class Preamble:
                 connection.proxy_header = header
                 if header.source is not None:
                     client_address = header.source
-        context = self._context(server)
+        context = self._context(server, may_look=not guard.is_in_child)
         if context is not None and not has_shaken_hands(request):
             listener = self._listener
             request = shake_hands(
@@ -134,12 +134,12 @@ class Preamble:
         """Look at the files of the certificates now; for engines whose workers forget."""
         self._context(server)
 
-    def _context(self, server: Any) -> ssl.SSLContext | None:
+    def _context(self, server: Any, *, may_look: bool = True) -> ssl.SSLContext | None:
         if self._listener is not None:
             context: ssl.SSLContext = self._listener.context
             return context
         if isinstance(self._tls, Certificates):
-            return self._tls.refresh(server)
+            return self._tls.refresh(server) if may_look else self._tls.context
         return self._tls
 
 
