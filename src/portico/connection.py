@@ -70,6 +70,9 @@ class Connection:
     process: int | None = None
     """The child process that serves it, if one does; the socket here is closed then."""
 
+    row: int | None = None
+    """Where its child says for whom a proxy speaks, if that is counted (`portico.siblings`)."""
+
     memory: Memory | None = None
     """What looks at it have to remember, from the first one on."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from portico.connection import ClientAddress, Request
     from portico.events import CloseReason, RefusalReason
     from portico.lobby import Lobby
+    from portico.siblings import Siblings
 
 ADMISSION: Final = (
     "max_connections",
@@ -116,6 +117,8 @@ class Guard:
         """Whether this process was forked to serve one connection."""
         self.of_children: dict[int, Connection] = {}
         """Connections that child processes serve, by the process."""
+        self.siblings: Siblings | None = None
+        """What child processes say of whom proxies speak for, if those are counted."""
         self.lobby: Lobby | None = None
         """Where connections wait for their peers' first word; ``None`` where they do not."""
         self.refusals: dict[int, RefusalReason] = {}
@@ -127,6 +130,8 @@ class Guard:
         self._server = server
         self._process = os.getpid()
         self._settings: object = None
+        self._row: int | None = None  # of the connection, in a child
+        self._choosing = Lock()  # held from the choice of a row until it is taken
         self._shedding = Lock()  # guards _idle
         self._idle: list[tuple[float, Connection]] = []  # the longest last
 
@@ -176,6 +181,10 @@ class Guard:
         )
 
     def _make_gate(self, rules: AdmissionRules, when_full: WhenFull, peers_come: bool) -> Gate:
+        if self.is_in_child and self.siblings is not None:
+            from portico.siblings import SiblingGate  # noqa: PLC0415  # few need it
+
+            return SiblingGate(rules, when_full, self.siblings, self._row)
         # A child serves one connection, whose place its parent keeps.
         make = None if self.is_in_child else self.make_gate
         return (make or Gate)(rules, when_full, counts_peers=peers_come)
@@ -220,7 +229,7 @@ class Guard:
         self._process = os.getpid()
         self._shedding = Lock()
         self.connections = Connections(self._note_lost)
-        self.gate = self.keeper = self.drain = self._settings = None
+        self.gate = self.keeper = self.drain = self.siblings = self._settings = None
         self.of_children, self.refusals, self._idle = {}, {}, []
 
     # --- coming in ----------------------------------------------------------------------
@@ -341,6 +350,20 @@ class Guard:
         if gate is not None:
             gate.leave(connection.client_address, connection.peer)
 
+    def expect_child(self, request: Request) -> None:
+        """Get ready for a child that is to be forked for a connection."""
+        gate, connection = self.gate, self.connections.get(request)
+        if gate is None or connection is None or not gate.counts_whom_proxies_tell:
+            self.siblings = None
+            return
+        if self.siblings is None:
+            from portico.siblings import Siblings  # noqa: PLC0415  # few need it
+
+            self.siblings = Siblings()
+        with self._choosing:
+            open_now = (*self.connections, *tuple(self.of_children.values()))
+            connection.row = self.siblings.free_row({each.row for each in open_now})
+
     def hand_to_child(self, process: int, request: Request) -> None:
         """Keep the place of a connection until the child ends that serves it."""
         connection = self.connections.get(request)
@@ -355,6 +378,8 @@ class Guard:
         if self.counter is not None:
             self.counter.note_child_end(process)
         if connection is not None:
+            if connection.row is not None and self.siblings is not None:
+                self.siblings.leave(connection.row)
             if self.drain is not None:
                 self.drain.note_end(connection)
             self.note_closed(connection)
@@ -409,7 +434,9 @@ class Guard:
             self.lobby.abandon()
         self.lobby = None
         self.is_in_child = True
+        siblings, self._row = self.siblings, None if connection is None else connection.row
         self._leave_parent()
+        self.siblings = siblings
         self.read_settings()
         if connection is not None:
             vars(connection).pop("gate", None)  # the parent's, where it keeps its place

@@ -89,6 +89,8 @@ class ForkingMixIn(Hooks):
         self._wait_below_limit()
         self._look_at_certificates()
         guard = self._get_guard()
+        if guard is not None:
+            guard.expect_child(request)
         child = os.fork()
         if child == 0:
             if guard is not None:
