@@ -26,13 +26,14 @@ from portico import (
     ThreadingUnixStreamServer,
     ThreadPoolTCPServer,
 )
-from portico.errors import SettingError
+from portico.errors import PreambleError, SettingError
 from portico.events import (
     CloseReason,
     ConnectionClosed,
     ConnectionRefused,
     DeadlineExpired,
     HandlerFailed,
+    PreambleFailed,
     RefusalReason,
 )
 from portico.guard import Guard, check_timeout
@@ -630,3 +631,31 @@ def test_connections_are_held_weakly_only_where_a_program_may_lose_them(engine: 
             made.close_request = lambda request: None
             made._guard.read_settings()
             assert made._guard.connections.holds_weakly
+
+
+@pytest.mark.parametrize(("is_late", "kind"), [(False, PreambleFailed), (True, DeadlineExpired)])
+def test_events_name_the_client_once_its_proxy_has(
+    is_late: bool, kind: Any, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever blocks those that misbehave would block the proxy otherwise."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise PreambleError("TLS handshake", "on purpose", is_late)
+
+    monkeypatch.setattr("portico.preamble.shake_hands", fail)
+    pair = authority.issue()
+    attributes = {
+        "proxy_protocol": ("127.0.0.0/8",),
+        "ssl_context": (pair.certificate, pair.key),
+    }
+    server: Any = type("Server", (Server,), attributes)(LOOPBACK, Echo)
+    with (
+        recorded(kind, ConnectionClosed) as told,
+        RunningServer(server) as running,
+        running.connect() as client,
+    ):
+        client.sendall(PROXY_LINE)
+        assert goodbye(client) == b""
+        eventually(lambda: len(told) == 2)
+    assert [type(event) for event in told] == [kind, ConnectionClosed]
+    assert [event.peer for event in told] == [("192.0.2.1", 4000)] * 2

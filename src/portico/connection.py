@@ -121,6 +121,12 @@ class Connection:
         held = self.held
         return held() if type(held) is Hold else held
 
+    @property
+    def speaker(self) -> ClientAddress:
+        """Who is at the other end: for whom the proxy speaks, once it has said so."""
+        header = self.proxy_header
+        return self.client_address if header is None or header.source is None else header.source
+
 
 class Hold(ref[Any]):
     """A hold on a request that does not keep it alive."""

@@ -210,7 +210,7 @@ class RequestPath:
         try:
             if isinstance(error, PreambleError):
                 reason = CloseReason.NO_PREAMBLE
-                self._tell_preamble(client_address, connection, error)
+                client_address = self._tell_preamble(client_address, connection, error)
             elif connection is not None and connection.was_cut and isinstance(error, OSError):
                 reason = _reason_of_cut(connection)  # no fault of the handler, and no news
             elif isinstance(error, Exception):
@@ -274,14 +274,21 @@ class RequestPath:
 
     def _tell_preamble(
         self, client_address: ClientAddress, connection: Connection | None, error: PreambleError
-    ) -> None:
-        """Tell the events that a peer did not get as far as its handler."""
+    ) -> ClientAddress:
+        """Tell the events that a peer did not get as far as its handler.
+
+        Returns:
+            Who that was, as far as is known: a proxy may have said so before.
+        """
+        if connection is not None:
+            client_address = connection.speaker
         if not error.is_late:
             if PreambleFailed.subscribers:
                 emit(PreambleFailed(self, client_address, error.stage, error.reason))
         elif DeadlineExpired.subscribers:
             since = time() if connection is None else connection.accepted
             emit(DeadlineExpired(self, client_address, Deadline.HANDSHAKE, time() - since))
+        return client_address
 
     def _tell_closed(
         self, client_address: ClientAddress, reason: CloseReason, started: float | None

@@ -161,4 +161,4 @@ class Timekeeper:
         connection.next_look = inf  # nothing more can be done to one that goes on all the same
         if DeadlineExpired.subscribers:
             duration = now - connection.accepted
-            emit(DeadlineExpired(self._server, connection.client_address, deadline, duration))
+            emit(DeadlineExpired(self._server, connection.speaker, deadline, duration))
