@@ -58,8 +58,8 @@ class Watched:
 
 
 @pytest.mark.parametrize("name", ["idle_timeout", "request_timeout", "minimum_rate"])
-@pytest.mark.parametrize("value", [0, -1.0, math.nan])
-def test_a_limit_is_more_than_nothing(name: str, value: float) -> None:
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, "5"])
+def test_a_limit_is_more_than_nothing_and_has_an_end(name: str, value: Any) -> None:
     with pytest.raises(SettingError, match=f"{name}=.*: expected more than 0, or None"):
         Rules(**{name: value})
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,14 @@ from portico import (
     ThreadingUnixStreamServer,
     ThreadPoolTCPServer,
 )
-from portico.errors import SettingError
+from portico.errors import PreambleError, SettingError
 from portico.events import (
     CloseReason,
     ConnectionClosed,
     ConnectionRefused,
     DeadlineExpired,
+    HandlerFailed,
+    PreambleFailed,
     RefusalReason,
 )
 from portico.guard import Guard, check_timeout
@@ -46,6 +49,7 @@ from tests.support import (
     nothing_left_behind,
     recorded,
 )
+from tests.tls import Authority
 
 LOOPBACK = ("127.0.0.1", 0)
 
@@ -89,10 +93,13 @@ def refused_or_told(running: RunningServer[Any]) -> bytes:
     ("name", "value"),
     [
         ("when_full", "drop"),
+        ("farewell", "busy"),
         ("drain_timeout", -1),
         ("drain_timeout", float("nan")),
+        ("drain_timeout", "5"),
         ("max_connections", 0),
         ("idle_timeout", 0),
+        ("idle_timeout", float("inf")),
         ("request_timeout", -1),
         ("minimum_rate", 0),
         ("accept_rate", 0),
@@ -159,6 +166,57 @@ def test_connections_that_are_open_count_by_rules_that_change(server: Server) ->
             with again.connect() as fourth:
                 exchange(fourth)
         second.close()
+
+
+def by_attribute(server: Any, context: ssl.SSLContext) -> None:
+    server.ssl_context = context
+
+
+def by_wrapping(server: Any, context: ssl.SSLContext) -> None:
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+
+
+def by_hand(server: Any, context: ssl.SSLContext) -> None:
+    def get_request() -> Any:
+        request, client_address = server.socket.accept()
+        tls = context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        return tls, client_address
+
+    server.get_request = get_request
+
+
+@pytest.mark.parametrize("idiom", [by_attribute, by_wrapping, by_hand])
+def test_there_is_no_farewell_over_tls(
+    server: Server, idiom: Callable[[Any, ssl.SSLContext], None], authority: Authority
+) -> None:
+    """A client would take it for a broken handshake, or for an attack."""
+    server.max_connections, server.when_full, server.farewell = 1, "refuse", b"full"
+    pair = authority.issue()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    idiom(server, context)
+    with (
+        recorded(ConnectionRefused, HandlerFailed) as told,
+        RunningServer(server) as running,
+        running.connect() as first,
+    ):
+        assert refused_or_told(running) == b""
+        eventually(lambda: told)
+        assert [type(event) for event in told] == [ConnectionRefused]
+        first.close()
+
+
+def test_a_farewell_waits_for_nothing_where_sockets_have_a_timeout(server: Server) -> None:
+    """What the client says is read, but not waited for: it says nothing."""
+    server.max_connections, server.when_full, server.farewell = 1, "refuse", b"full"
+    with RunningServer(server) as running, running.connect() as first:
+        exchange(first)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(2 * PATIENCE)
+        try:
+            assert refused_or_told(running) == b"full"
+        finally:
+            socket.setdefaulttimeout(before)
 
 
 def test_connections_that_came_without_a_limit_are_counted_when_there_is_one(
@@ -737,3 +795,31 @@ def test_connections_are_held_weakly_only_where_a_program_may_lose_them(engine: 
             made.close_request = lambda request: None
             made._guard.read_settings()
             assert made._guard.connections.holds_weakly
+
+
+@pytest.mark.parametrize(("is_late", "kind"), [(False, PreambleFailed), (True, DeadlineExpired)])
+def test_events_name_the_client_once_its_proxy_has(
+    is_late: bool, kind: Any, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever blocks those that misbehave would block the proxy otherwise."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise PreambleError("TLS handshake", "on purpose", is_late)
+
+    monkeypatch.setattr("portico.preamble.shake_hands", fail)
+    pair = authority.issue()
+    attributes = {
+        "proxy_protocol": ("127.0.0.0/8",),
+        "ssl_context": (pair.certificate, pair.key),
+    }
+    server: Any = type("Server", (Server,), attributes)(LOOPBACK, Echo)
+    with (
+        recorded(kind, ConnectionClosed) as told,
+        RunningServer(server) as running,
+        running.connect() as client,
+    ):
+        client.sendall(PROXY_LINE)
+        assert goodbye(client) == b""
+        eventually(lambda: len(told) == 2)
+    assert [type(event) for event in told] == [kind, ConnectionClosed]
+    assert [event.peer for event in told] == [("192.0.2.1", 4000)] * 2

@@ -59,6 +59,7 @@ LAYERS = (
         "portico.waits",
     ),
     ("portico.drain", "portico.gate", "portico.lobby", "portico.timekeeper"),
+    ("portico.siblings",),
     ("portico.guard", "portico.preamble"),
     ("portico.request",),
     ("portico.server",),

@@ -21,6 +21,7 @@ from portico import (
     TCPServer,
     ThreadPoolMixIn,
 )
+from portico.deadlines import LONGEST_WAIT
 from portico.events import CloseReason, ConnectionClosed, Deadline, DeadlineExpired
 from portico.lobby import Guest, Lobby
 from tests.support import (
@@ -116,6 +117,14 @@ def test_the_first_that_came_is_late_first() -> None:
         for guest in kept.late(15.1):
             assert kept.leave(guest)
         assert kept.guests() == (guests[1],)
+
+
+def test_who_is_late_in_many_years_is_waited_for_in_parts(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    with lobby(timeout=1e11) as kept:
+        assert kept.take(Guest(pair[0], None, 0.0))
+        assert kept.remaining(1.0) == LONGEST_WAIT
 
 
 def test_without_a_limit_nobody_is_late(pair: tuple[socket.socket, socket.socket]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 import pytest
 
 from portico import BaseRequestHandler, TCPServer
 from portico.certificates import Certificates
+from portico.deadlines import LONGEST_WAIT
 from portico.errors import PreambleError, SettingError
 from portico.networks import Networks
 from portico.preamble import (
@@ -22,8 +24,9 @@ from portico.preamble import (
     read_tls,
     say_goodbye,
     shake_hands,
+    wrap,
 )
-from tests.support import PATIENCE, Call, Client, goodbye, reset
+from tests.support import PATIENCE, Call, Client, goodbye, received, reset
 from tests.tls import Authority
 
 LINE = b"PROXY TCP4 192.0.2.1 192.0.2.9 4000 80\r\n"
@@ -166,7 +169,10 @@ def test_a_header_without_an_address_leaves_the_peers(pair: Pair) -> None:
             request,
             peer.getsockname(),
         )
-        assert server.proxy_header(request) is None  # a request that nobody tracks
+        header = server.proxy_header(request)  # although the request came past the loop
+        assert header is not None
+        assert header.source is None
+        server._guard.note_closing(request)
 
 
 @pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff\x01", b""])
@@ -190,6 +196,20 @@ def test_what_is_not_tls_is_closed_and_told(
     assert (before, after) == (request, request)
     assert tls is tls_again
     assert tls.fileno() == -1
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_the_alert_of_a_handshake_that_fails_is_not_lost_to_a_reset(
+    pair: Pair, context: ssl.SSLContext, is_wrapped: bool
+) -> None:
+    """Although OpenSSL reads no further than to what is wrong."""
+    request, peer = pair
+    peer.sendall(b"\x16\x03\x01\x00\x04\x00\x00\x00\x00" + bytes(1000))  # no ClientHello
+    ours = wrap(request, context, suppress_ragged_eofs=True) if is_wrapped else request
+    with ours:
+        with pytest.raises(PreambleError):
+            shake_hands(ours, context, Deadline(PATIENCE))
+    assert received(peer)[:2] == b"\x15\x03"
 
 
 @pytest.mark.parametrize("timeout", [0.02, 1e-9])
@@ -223,11 +243,16 @@ def test_what_is_no_error_of_the_peer_passes_through(
     assert pair[1].recv(1) == b""
 
 
+def test_a_deadline_may_be_further_away_than_a_wait_can_be(pair: Pair) -> None:
+    Deadline(1e11).apply(pair[0])
+    assert pair[0].gettimeout() == LONGEST_WAIT
+
+
 # --- settings ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("timeout", [0, -1])
-def test_a_handshake_needs_time(timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1, inf, "5"])
+def test_a_handshake_needs_time_and_comes_to_an_end(timeout: Any) -> None:
     with pytest.raises(SettingError, match="handshake_timeout"):
         Preamble(None, ["10.0.0.0/8"], timeout, None)
 
@@ -242,10 +267,11 @@ def test_tls_is_a_context_or_certificates_or_a_pair_of_paths(authority: Authorit
     assert read_tls(None) is None
 
 
-@pytest.mark.parametrize("value", ["cert.pem", ("cert.pem",), 5])
-def test_anything_else_is_no_tls(value: object) -> None:
-    with pytest.raises(SettingError, match="ssl_context"):
+@pytest.mark.parametrize("value", ["a secret", ("a.pem", "a.key", "a secret"), 5])
+def test_anything_else_is_no_tls_and_is_not_shown(value: object) -> None:
+    with pytest.raises(SettingError, match=r"ssl_context=.*<class .*: expected") as failed:
         read_tls(value)
+    assert "secret" not in repr(failed.value) + str(failed.value)
 
 
 def test_certificates_are_looked_at_before_workers_that_forget_do(authority: Authority) -> None:

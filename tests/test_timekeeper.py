@@ -21,6 +21,7 @@ from portico import (
 from portico.connection import Connection, Connections
 from portico.deadlines import Memory, Rules
 from portico.events import Deadline, DeadlineExpired
+from portico.proxy import parse
 from portico.timekeeper import RETRY, Timekeeper
 from tests.support import (
     PATIENCE,
@@ -103,6 +104,28 @@ def test_a_connection_whose_time_is_over_is_ended_and_told(scene: Scene) -> None
     assert connection.deadline is Deadline.REQUEST
     assert connection.was_cut
     keeper.stop()
+
+
+def test_whose_time_is_over_is_told_as_its_proxy_has(scene: Scene) -> None:
+    keeper = scene.keep(SHORT)
+    connection = scene.add()
+    connection.proxy_header = parse(b"PROXY TCP4 192.0.2.1 192.0.2.9 4000 80\r\n")
+    with recorded(DeadlineExpired) as expired:
+        keeper.wake()
+        eventually(lambda: expired)
+    assert [event.peer for event in expired] == [("192.0.2.1", 4000)]
+    keeper.stop()
+
+
+def test_a_limit_may_be_longer_than_a_thread_can_wait(scene: Scene) -> None:
+    keeper = scene.keep(Rules(request_timeout=1e11))
+    connection = scene.add()
+    keeper.wake()
+    eventually(lambda: connection.memory is not None, "it was looked at")
+    scene.connections.remove(scene.ours[0])
+    keeper.close()
+    eventually(lambda: not is_watching(keeper))
+    assert not connection.was_cut
 
 
 def test_a_timekeeper_sleeps_while_no_connection_is_open_and_can_be_woken(scene: Scene) -> None:

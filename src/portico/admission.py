@@ -42,7 +42,7 @@ MAX_BURST: Final = 1_000_000
 _UNIX_SHAPES: Final = (str, bytes, NoneType)
 """What a client address of a Unix socket can be: a path, an abstract name, of a datagram none."""
 
-_Peer: TypeAlias = str | int
+Peer: TypeAlias = str | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Admission:
         self.active = 0
         self.limit = _limit(rules.max_connections)
         self._peer_limit = _limit(rules.max_connections_per_peer)
-        self._counts: dict[_Peer, _Count] = {}  # of the hosts that are known, and of who is here
+        self._counts: dict[Peer, _Count] = {}  # of the hosts that are known, and of who is here
         self._known: dict[object, _Verdict] = {}  # by the host of an address, never a single sign
         self._allowed = (
             None
@@ -244,7 +244,15 @@ class Admission:
         return None
 
 
-def _peer(address: IPAddress) -> _Peer:
+def peer_of(client_address: Any) -> Peer | None:
+    """Return what counts as one peer; ``None`` for who has no IP address."""
+    if isinstance(client_address, _UNIX_SHAPES):
+        return None
+    address = ip_address_of(client_address)
+    return None if address is None else _peer(address)
+
+
+def _peer(address: IPAddress) -> Peer:
     """Return what counts as one peer; text and number, so that the two never meet."""
     return str(address) if isinstance(address, IPv4Address) else int(address) >> 64
 

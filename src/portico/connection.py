@@ -78,6 +78,9 @@ class Connection:
     process: int | None = None
     """The child process that serves it, if one does; the socket here is closed then."""
 
+    row: int | None = None
+    """Where its child says for whom a proxy speaks, if that is counted (`portico.siblings`)."""
+
     memory: Memory | None = None
     """What looks at it have to remember, from the first one on."""
 
@@ -125,6 +128,12 @@ class Connection:
         """
         held = self.held
         return held() if type(held) is Hold else held
+
+    @property
+    def speaker(self) -> ClientAddress:
+        """Who is at the other end: for whom the proxy speaks, once it has said so."""
+        header = self.proxy_header
+        return self.client_address if header is None or header.source is None else header.source
 
 
 class Hold(ref[Any]):

@@ -13,8 +13,9 @@ second.  Whether one that has been quiet drips now is asked after an eighth of t
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from portico.errors import SettingError
 from portico.events import Deadline
@@ -34,13 +35,40 @@ A limit gives a connection this much, so that none is closed before its time.
 SOONEST: Final = 0.01
 """Seconds between two looks at the same connection, at least: less would show nothing else."""
 
+LONGEST_WAIT: Final = 2_000_000.0
+"""Seconds that one wait takes at the most, and then another begins: poll(2) knows 24 days.
+
+For whoever waits in one call for the end of a timeout that a program has chosen.
+"""
+
+
+def check_limit(name: str, value: Any, *, may_be_zero: bool = False) -> None:
+    """Check a number of seconds, or of what else is limited; ``None`` is no limit.
+
+    Args:
+        name: The setting.
+        value: What it was given.
+        may_be_zero: Whether no time at all has a meaning.
+
+    Raises:
+        SettingError: It is too small, infinite, or no number.
+    """
+    if value is None:
+        return
+    # A text is neither more nor less, and a whole number may be beyond all that a float can be.
+    with suppress(TypeError, OverflowError):
+        if (value > 0 or (may_be_zero and value == 0)) and math.isfinite(value):
+            return
+    least = "0 or more seconds" if may_be_zero else "more than 0"
+    raise SettingError(name, value, f"{least}, or None for no limit")
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """The limits in time of one server's connections.
 
     Raises:
-        SettingError: A value is not above zero.
+        SettingError: A value is not above zero, or has no end.
     """
 
     idle_timeout: float | None = None
@@ -73,9 +101,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         for name in ("idle_timeout", "request_timeout", "minimum_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingError(name, value, "more than 0, or None for no limit")
+            check_limit(name, getattr(self, name))
         if not self.rate_grace >= 0:
             raise SettingError("rate_grace", self.rate_grace, "0 or more")
         if not self.rate_window > 0:

@@ -10,8 +10,10 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from portico.connection import ClientAddress, Request
+from portico.connection import ClientAddress, Request, is_peer_gone, mark_peer_gone
+from portico.errors import PreambleError
 from portico.events import DatagramCut, ListenerBound, emit
+from portico.guard import are_ours
 from portico.lobby import Lobby
 from portico.server import BaseServer
 
@@ -31,6 +33,9 @@ IP_FAMILIES: Final = frozenset({socket.AF_INET, socket.AF_INET6})
 On other families Linux 6.12.9 and later refuse SO_REUSEPORT (EOPNOTSUPP); before, it did nothing.
 """
 
+
+TO_THE_WORKER: Final = ("process_request", "process_request_thread", "serve_request")
+"""The hooks by which a request comes to `serve_request`, or past it if one is a program's own."""
 
 _Socket: Final = socket.socket  # also when a program's test puts something else in its place
 
@@ -185,16 +190,32 @@ class TCPServer(BaseServer):
         """Accept one connection.
 
         Returns:
-            Its socket, and the address of the client.  From a TLS listener it is a bare socket,
-            because hands are shaken in the worker, where one silent client stops nobody else.
+            Its socket, and the address of the client.  From a TLS listener it is a bare socket, or
+            one that has not shaken hands yet where a program's own hooks see it before
+            `serve_request`: hands are shaken in the worker, where one silent client stops nobody
+            else.
 
         Raises:
             OSError: As accept(2); the serving loop knows what each one asks for.
         """
         listener = self.socket
-        if type(listener) is not _Socket and speaks_tls(self, listener):
-            return socket.socket.accept(listener)
-        return listener.accept()
+        if type(listener) is _Socket and self.ssl_context is None:  # the common case
+            return listener.accept()
+        is_tls = speaks_tls(self, listener)
+        taken = socket.socket.accept(listener) if is_tls else listener.accept()
+        return self._over_tls(taken[0]), taken[1]
+
+    def _over_tls(self, request: Request) -> Request:
+        """Have a connection speak TLS from its first read on, if it may miss `serve_request`.
+
+        A program's own hooks may hand it to a handler without it, and the handler must not find
+        plain text where TLS is due.  A PROXY header comes first, so that it is left to
+        `finish_request` there.
+        """
+        if self.proxy_protocol is not None or are_ours(self, TO_THE_WORKER):
+            return request
+        preamble = self._preamble()
+        return request if preamble is None else preamble.over_tls(self, request)
 
     def prepare_request(
         self, request: Request, client_address: ClientAddress
@@ -218,6 +239,67 @@ class TCPServer(BaseServer):
         if preamble is None:
             return request, client_address
         return preamble.pass_by(self, request, client_address)
+
+    def finish_request(self, request: Request, client_address: ClientAddress) -> None:
+        """Make the handler, which does all its work in its constructor.
+
+        Where a program's own hooks left out `serve_request`, what it does first is done here: the
+        PROXY header, the TLS handshake, and `verify_request` if that had to wait for them.
+        """
+        if (
+            self.ssl_context is None
+            and self.proxy_protocol is None
+            and type(self.socket) is _Socket
+        ) or self._is_prepared(request):
+            self.RequestHandlerClass(request, client_address, self)
+        else:
+            self._finish_unprepared(request, client_address)
+
+    def _is_prepared(self, request: Request) -> bool:
+        """Say whether nothing comes before the handler, or that has been."""
+        if self._preamble() is None:
+            return True
+        connection = self._guard.connections.get(request)
+        return connection is not None and connection.thread is not None
+
+    def _finish_unprepared(self, request: Request, client_address: ClientAddress) -> None:
+        """Do the worker's part of a request; its end is left to who called `finish_request`."""
+        try:
+            prepared, peer = self._prepare(request, client_address)
+        except PreambleError as error:
+            connection = self._guard.connections.get(request)
+            self._tell_preamble(client_address, connection, error)
+            return
+        try:
+            if not self._guard.verifies_late or self._verify(prepared, peer):
+                self.RequestHandlerClass(prepared, peer, self)
+        except OSError as error:
+            if is_peer_gone(prepared, error):
+                mark_peer_gone(request, error)
+            raise
+        finally:
+            if prepared is not request:  # of which the caller has but the empty hull
+                self._end(prepared)
+
+    @property
+    def _verifies_late(self) -> bool:
+        """Whether `verify_request` sees a request only when it is prepared, in the worker.
+
+        Because a proxy tells the address; or because it may ask a `ssl.SSLSocket` for the
+        certificate, as it could behind a listener that speaks TLS, if somebody is sure to call it
+        then.
+        """
+        if self.proxy_protocol is not None:
+            return True
+        return (
+            not are_ours(self, ("verify_request",))
+            and (are_ours(self, TO_THE_WORKER) or are_ours(self, ("finish_request",)))
+            and speaks_tls(self, self.__dict__.get("socket"))
+        )
+
+    def _speaks_plainly(self, request: Request) -> bool:
+        is_tls = self.ssl_context is not None or speaks_tls(self, self.socket)
+        return not is_tls and super()._speaks_plainly(request)
 
     def proxy_header(self, request: Any) -> Header | None:
         """Return what a proxy said of a connection; ``None`` if it said nothing.

@@ -90,6 +90,12 @@ class Gate:
         """Whose places are to be taken back: client addresses, and the peers of `admit_peer`."""
 
     @property
+    def counts_whom_proxies_tell(self) -> bool:
+        """Whether connections are counted by the peers that proxies speak for."""
+        peers = self._peers
+        return peers is not None and peers.rules.max_connections_per_peer is not None
+
+    @property
     def active(self) -> int:
         """Connections that have a place."""
         self.settle()

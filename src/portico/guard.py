@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 from itertools import islice
-from math import inf
 from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from portico.admission import AdmissionRules
 from portico.connection import Connection, Connections, can_be_tracked
-from portico.deadlines import TICK, Rules
+from portico.deadlines import TICK, Rules, check_limit
 from portico.drain import Drain
 from portico.errors import SettingError
 from portico.gate import Gate, WhenFull, read_when_full
@@ -23,11 +22,12 @@ from portico.timekeeper import Timekeeper
 from portico.traffic import idle_seconds, look
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from portico.connection import ClientAddress, Request
     from portico.events import CloseReason, RefusalReason
     from portico.lobby import Lobby
+    from portico.siblings import Siblings
 
 ADMISSION: Final = (
     "max_connections",
@@ -113,7 +113,7 @@ class Guard:
         self.drain: Drain | None = None
         """The drain under way, or the last one."""
         self.verifies_late = False
-        """Whether a peer is not known before its preamble, because a proxy speaks for it."""
+        """Whether `verify_request` waits for the preamble, which tells who the peer is."""
         self.tracks_plainly = False
         """Whether a connection that comes is remembered without further questions: it needs no
         place, has no limit in time, and ends where the hooks of this library see it."""
@@ -121,6 +121,8 @@ class Guard:
         """Whether this process was forked to serve one connection."""
         self.of_children: dict[int, Connection] = {}
         """Connections that child processes serve, by the process."""
+        self.siblings: Siblings | None = None
+        """What child processes say of whom proxies speak for, if those are counted."""
         self.lobby: Lobby | None = None
         """Where connections wait for their peers' first word; ``None`` where they do not."""
         self.refusals: dict[int, RefusalReason] = {}
@@ -132,6 +134,8 @@ class Guard:
         self._server = server
         self._process = os.getpid()
         self._settings: object = None
+        self._row: int | None = None  # of the connection, in a child
+        self._choosing = Lock()  # held from the choice of a row until it is taken
         self._shedding = Lock()  # guards what follows
         self._idle: list[tuple[float, Connection]] = []  # the longest last
         self._at_work: list[tuple[float, Connection]] = []  # if nobody else was found
@@ -153,22 +157,27 @@ class Guard:
         if self._process != os.getpid():
             self._leave_parent()
         check_timeout("drain_timeout", server.drain_timeout)
+        if not isinstance(server.farewell, bytes | bytearray | memoryview):
+            raise SettingError("farewell", server.farewell, "bytes")
         admission = {name: getattr(server, name) for name in ADMISSION}
         deadlines = {name: getattr(server, name) for name in DEADLINES}
         peers_come = getattr(server, "proxy_protocol", None) is None
-        self.verifies_late = not peers_come
-        self.connections.holds_weakly = not _sees_every_end(server)
+        self.verifies_late = getattr(server, "_verifies_late", False)
+        # A program's own hooks may take a connection away and never say what became of it.
+        self.connections.holds_weakly = not are_ours(server, AT_THE_END)
         settings = admission, deadlines, server.when_full, peers_come
         if settings != self._settings:
-            self._build(admission, deadlines)
+            self._build(admission, deadlines, peers_come)
             self._settings = settings
         self.tracks_plainly = (
             self.gate is None and self.keeper is None and not self.connections.holds_weakly
         )
 
-    def _build(self, admission: dict[str, Any], deadlines: dict[str, Any]) -> None:
+    def _build(
+        self, admission: dict[str, Any], deadlines: dict[str, Any], peers_come: bool
+    ) -> None:
         """Build what the settings ask for."""
-        server, peers_come = self._server, not self.verifies_late
+        server = self._server
         when_full = read_when_full(server.when_full)
         rules, limits = AdmissionRules(**admission), Rules(**deadlines)
         self._exchange_gate(
@@ -179,6 +188,10 @@ class Guard:
         )
 
     def _make_gate(self, rules: AdmissionRules, when_full: WhenFull, peers_come: bool) -> Gate:
+        if self.is_in_child and self.siblings is not None:
+            from portico.siblings import SiblingGate  # noqa: PLC0415  # few need it
+
+            return SiblingGate(rules, when_full, self.siblings, self._row)
         # A child serves one connection, whose place its parent keeps.
         make = None if self.is_in_child else self.make_gate
         return (make or Gate)(rules, when_full, counts_peers=peers_come)
@@ -224,7 +237,7 @@ class Guard:
         self._abandon_lobby()
         self._shedding = Lock()
         self.connections = Connections(self._note_lost)
-        self.gate = self.keeper = self.drain = self._settings = None
+        self.gate = self.keeper = self.drain = self.siblings = self._settings = None
         self.of_children, self.refusals = {}, {}
         self._idle, self._at_work, self._stubborn = [], [], None
 
@@ -393,6 +406,20 @@ class Guard:
         if gate is not None:
             gate.leave(connection.client_address, connection.peer)
 
+    def expect_child(self, request: Request) -> None:
+        """Get ready for a child that is to be forked for a connection."""
+        gate, connection = self.gate, self.connections.get(request)
+        if gate is None or connection is None or not gate.counts_whom_proxies_tell:
+            self.siblings = None
+            return
+        if self.siblings is None:
+            from portico.siblings import Siblings  # noqa: PLC0415  # few need it
+
+            self.siblings = Siblings()
+        with self._choosing:
+            open_now = (*self.connections, *tuple(self.of_children.values()))
+            connection.row = self.siblings.free_row({each.row for each in open_now})
+
     def hand_to_child(self, process: int, request: Request) -> None:
         """Keep the place of a connection until the child ends that serves it."""
         connection = self.connections.get(request)
@@ -407,6 +434,8 @@ class Guard:
         if self.counter is not None:
             self.counter.note_child_end(process)
         if connection is not None:
+            if connection.row is not None and self.siblings is not None:
+                self.siblings.leave(connection.row)
             if self.drain is not None:
                 self.drain.note_end(connection)
             self.note_closed(connection)
@@ -468,7 +497,9 @@ class Guard:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
         self.is_in_child = True
+        siblings, self._row = self.siblings, None if connection is None else connection.row
         self._leave_parent()
+        self.siblings = siblings
         self.read_settings()
         if connection is not None:
             vars(connection).pop("gate", None)  # the parent's, where it keeps its place
@@ -484,16 +515,12 @@ def check_timeout(name: str, value: float | None) -> None:
     Raises:
         SettingError: It is negative, or no number.
     """
-    if value is not None and not 0 <= value < inf:
-        raise SettingError(name, value, "0 or more seconds, or None for no limit")
+    check_limit(name, value, may_be_zero=True)
 
 
-def _sees_every_end(server: Any) -> bool:
-    """Say whether the hooks that see a connection to its end are all this library's own.
-
-    A program's own may take a connection away and never say what became of it.
-    """
-    hooks = (getattr(server, name, None) for name in AT_THE_END)
+def are_ours(server: Any, hooks: Iterable[str]) -> bool:
+    """Say whether these hooks of a server, as far as it has them, are all this library's own."""
+    found = (getattr(server, name, None) for name in hooks)
     return all(
-        hook is None or getattr(hook, "__module__", "").startswith("portico.") for hook in hooks
+        hook is None or getattr(hook, "__module__", "").startswith("portico.") for hook in found
     )

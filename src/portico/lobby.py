@@ -22,6 +22,8 @@ from contextlib import suppress
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from portico.deadlines import LONGEST_WAIT
+
 if TYPE_CHECKING:
     from portico.connection import ClientAddress, Request
 
@@ -129,11 +131,11 @@ class Lobby:
                 yield guest
 
     def remaining(self, now: float) -> float | None:
-        """Return the seconds until the first one is late; ``None`` if none ever is."""
+        """Return the seconds until the first one is late, or nearly; ``None`` if none ever is."""
         first = self._first()
         if first is None or self.timeout is None:
             return None
-        return max(0.0, first.since + self.timeout - now)
+        return min(max(0.0, first.since + self.timeout - now), LONGEST_WAIT)
 
     def guests(self) -> tuple[Guest, ...]:
         """Return all that are here now."""

@@ -10,14 +10,17 @@ a header); tcp(7), ``TCP_NODELAY``.
 
 from __future__ import annotations
 
+import _socket
 import socket
 import ssl
+import threading
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from portico import proxy
 from portico.certificates import Certificates
+from portico.deadlines import LONGEST_WAIT, check_limit
 from portico.errors import PreambleError, ProxyHeaderError, SettingError
 from portico.networks import Networks, ip_address_of
 
@@ -34,6 +37,9 @@ PROXY_HEADER: Final = "PROXY header"
 
 TLS_HANDSHAKE: Final = "TLS handshake"
 """The stage in which hands are shaken."""
+
+UNREAD: Final = 65_536
+"""Bytes that are read and dropped of a peer whose handshake failed."""
 
 
 class Preamble:
@@ -57,8 +63,7 @@ class Preamble:
         timeout: float | None,
         listener: Any,
     ) -> None:
-        if timeout is not None and not timeout > 0:
-            raise SettingError("handshake_timeout", timeout, "more than 0, or None for no limit")
+        check_limit("handshake_timeout", timeout)
         self.settings = tls, proxies, timeout, listener
         self._proxies = None if proxies is None else Networks.read("proxy_protocol", proxies)
         self._timeout = timeout
@@ -73,19 +78,22 @@ class Preamble:
         Raises:
             PreambleError: The peer did not do its part, or not in time.
         """
-        connection = server._guard.connections.get(request)
-        patience = None if connection is None else connection.patience
+        guard = server._guard
+        connection = guard.connections.get(request)
+        if connection is None:  # it came past the step of the loop
+            connection = guard.track(request, client_address)
+            connection.thread = threading.get_native_id()
+        patience = connection.patience
         deadline = Deadline(self._timeout if patience is None else patience)
         before = request.gettimeout()
         if self._proxies is not None:
             header = read_header(request, client_address, self._proxies, deadline)
             if header is not None:
-                if connection is not None:
-                    connection.proxy_header = header
+                connection.proxy_header = header
                 if header.source is not None:
                     client_address = header.source
-        context = self._context(server)
-        if context is not None and not isinstance(request, ssl.SSLSocket):
+        context = self._context(server, may_look=not guard.is_in_child)
+        if context is not None and not has_shaken_hands(request):
             listener = self._listener
             request = shake_hands(
                 request,
@@ -98,9 +106,25 @@ class Preamble:
         request.settimeout(before)
         return request, client_address
 
+    def over_tls(self, server: Any, request: socket.socket) -> socket.socket:
+        """Have a connection speak TLS, if it is to; hands are shaken by the first who reads.
+
+        Raises:
+            OSError: The peer has gone; the connection is closed.
+        """
+        context = self._context(server)
+        if context is None or isinstance(request, ssl.SSLSocket):
+            return request
+        listener = self._listener
+        try:
+            return wrap(request, context, listener is None or listener.suppress_ragged_eofs)
+        except BaseException:
+            request.close()
+            raise
+
     def begins_with_peer(self, request: Any, client_address: ClientAddress) -> bool:
         """Say whether the first byte of a connection is its peer's, whatever its handler does."""
-        if isinstance(request, ssl.SSLSocket):
+        if has_shaken_hands(request):
             return False
         if self._listener is not None or self._tls is not None:
             return True
@@ -110,12 +134,12 @@ class Preamble:
         """Look at the files of the certificates now; for engines whose workers forget."""
         self._context(server)
 
-    def _context(self, server: Any) -> ssl.SSLContext | None:
+    def _context(self, server: Any, *, may_look: bool = True) -> ssl.SSLContext | None:
         if self._listener is not None:
             context: ssl.SSLContext = self._listener.context
             return context
         if isinstance(self._tls, Certificates):
-            return self._tls.refresh(server)
+            return self._tls.refresh(server) if may_look else self._tls.context
         return self._tls
 
 
@@ -132,7 +156,9 @@ def read_tls(value: Any) -> ssl.SSLContext | Certificates | None:
     if isinstance(pair, tuple) and len(value) == 2:
         return Certificates(value[0], value[1])
     expected = "an ssl.SSLContext, portico.Certificates, or the paths of certificate and key"
-    raise SettingError("ssl_context", value, expected)
+    # Of what kind it is, and not what: it may be a key itself, or the password of one beside it.
+    kind = tuple(map(type, value)) if isinstance(pair, tuple) else type(pair)
+    raise SettingError("ssl_context", kind, expected)
 
 
 class Deadline:
@@ -155,7 +181,7 @@ class Deadline:
             remaining = self._instant - monotonic()
             if remaining <= 0:
                 raise TimeoutError("timed out")
-            sock.settimeout(remaining)
+            sock.settimeout(min(remaining, LONGEST_WAIT))
 
 
 def read_header(
@@ -214,12 +240,9 @@ def shake_hands(
 ) -> ssl.SSLSocket:
     """Speak TLS over a connection, which becomes the result's.
 
-    Sets ``TCP_NODELAY``: the session tickets of TLS 1.3 are on their way when the first reply is
-    written, and Nagle's algorithm would hold that back until the peer acknowledges them, which it
-    delays by 40 ms.
-
     Args:
-        sock: The connection.
+        sock: The connection; one that speaks TLS already, and only has to shake hands, stays the
+            same object and is left open if that fails.
         context: The server's.
         deadline: Of the preamble.
         is_eager: Whether to shake hands now; if not, the handler does.
@@ -230,27 +253,22 @@ def shake_hands(
     Raises:
         PreambleError: The peer does not speak TLS, or not in time.  The connection is closed.
     """
-    disable_nagle(sock)
-    tls: ssl.SSLSocket | None = None
+    tls = sock if isinstance(sock, ssl.SSLSocket) else None
     try:
         deadline.apply(sock)
-        # Of a connection that is down already, wrap_socket leaves an open socket to the collector.
-        sock.getpeername()
-        tls = context.wrap_socket(
-            sock,
-            server_side=True,
-            do_handshake_on_connect=False,
-            suppress_ragged_eofs=suppress_ragged_eofs,
-        )
-        if on_exchange is not None:
-            on_exchange(sock, tls)
+        if tls is None:
+            tls = wrap(sock, context, suppress_ragged_eofs)
+            if on_exchange is not None:
+                on_exchange(sock, tls)
         if is_eager:
             tls.do_handshake()
     except BaseException as error:
         if tls is not None:
-            if on_exchange is not None:
-                on_exchange(tls, sock)
-            tls.close()
+            leave_last_word(tls)
+            if tls is not sock:
+                if on_exchange is not None:
+                    on_exchange(tls, sock)
+                tls.close()
         if isinstance(error, TimeoutError):
             raise PreambleError(TLS_HANDSHAKE, "it took too long", is_late=True) from error
         if isinstance(error, OSError | ValueError):  # wrap_socket raises the latter, too
@@ -259,10 +277,49 @@ def shake_hands(
     return tls
 
 
+def wrap(sock: socket.socket, context: ssl.SSLContext, suppress_ragged_eofs: bool) -> ssl.SSLSocket:
+    """Make a TLS socket of a connection, without a byte in either direction.
+
+    Sets ``TCP_NODELAY``: the session tickets of TLS 1.3 are on their way when the first reply is
+    written, and Nagle's algorithm would hold that back until the peer acknowledges them, which it
+    delays by 40 ms.
+
+    Raises:
+        OSError: The peer has gone; the connection is still the caller's.
+    """
+    disable_nagle(sock)
+    # Of a connection that is down already, wrap_socket leaves an open socket to the collector.
+    sock.getpeername()
+    return context.wrap_socket(
+        sock,
+        server_side=True,
+        do_handshake_on_connect=False,
+        suppress_ragged_eofs=suppress_ragged_eofs,
+    )
+
+
+def has_shaken_hands(request: Any) -> bool:
+    """Say whether TLS is spoken over a connection."""
+    return isinstance(request, ssl.SSLSocket) and request.version() is not None
+
+
 def disable_nagle(sock: socket.socket) -> None:
     """Have small writes leave at once, where there is anything that would hold them back."""
     with suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def leave_last_word(tls: ssl.SSLSocket) -> None:
+    """Have what OpenSSL said last, such as why it refuses a certificate, reach the peer.
+
+    Closing a connection with unread bytes resets it: a client that writes before it reads learns
+    nothing else then.  Never waits, so that what comes later is not read.
+    """
+    with suppress(OSError):
+        tls.settimeout(0)
+        # Below TLS, which has ended.
+        _socket.socket.shutdown(tls, socket.SHUT_WR)
+        _socket.socket.recv(tls, UNREAD)
 
 
 def say_goodbye(tls: ssl.SSLSocket) -> None:

@@ -177,13 +177,17 @@ class RequestPath:
     def _refuse(
         self, request: Request, client_address: ClientAddress, reason: RefusalReason
     ) -> None:
-        if reason is RefusalReason.TOO_MANY and self.farewell:
+        if reason is RefusalReason.TOO_MANY and self.farewell and self._speaks_plainly(request):
             say_farewell(request, self.farewell)
         self._end(request)
         if self._guard.counter is not None:
             self._guard.counter.note_refused(reason)
         if ConnectionRefused.subscribers:
             emit(ConnectionRefused(self, client_address, reason))
+
+    def _speaks_plainly(self, request: Request) -> bool:
+        """Say whether a client reads words as they are, and not as those of another protocol."""
+        return not hasattr(request, "unwrap")  # as a socket of ssl has it
 
     def _finish(
         self, request: Request, client_address: ClientAddress, started: float | None
@@ -208,7 +212,7 @@ class RequestPath:
         try:
             if isinstance(error, PreambleError):
                 reason = CloseReason.NO_PREAMBLE
-                self._tell_preamble(client_address, connection, error)
+                client_address = self._tell_preamble(client_address, connection, error)
             elif connection is not None and connection.was_cut and isinstance(error, OSError):
                 reason = _reason_of_cut(connection)  # no fault of the handler, and no news
             elif isinstance(error, Exception):
@@ -273,14 +277,21 @@ class RequestPath:
 
     def _tell_preamble(
         self, client_address: ClientAddress, connection: Connection | None, error: PreambleError
-    ) -> None:
-        """Tell the events that a peer did not get as far as its handler."""
+    ) -> ClientAddress:
+        """Tell the events that a peer did not get as far as its handler.
+
+        Returns:
+            Who that was, as far as is known: a proxy may have said so before.
+        """
+        if connection is not None:
+            client_address = connection.speaker
         if not error.is_late:
             if PreambleFailed.subscribers:
                 emit(PreambleFailed(self, client_address, error.stage, error.reason))
         elif DeadlineExpired.subscribers:
             since = time() if connection is None else connection.accepted
             emit(DeadlineExpired(self, client_address, Deadline.HANDSHAKE, time() - since))
+        return client_address
 
     def _tell_closed(
         self, client_address: ClientAddress, reason: CloseReason, started: float | None
@@ -343,6 +354,8 @@ def say_farewell(request: Request, farewell: bytes) -> None:
     words may be lost.
     """
     try:
+        if isinstance(request, socket.socket):  # that has a timeout waits in spite of the flag
+            request.settimeout(0)
         request.send(farewell, socket.MSG_DONTWAIT)
         request.recv(65536, socket.MSG_DONTWAIT)
     except (OSError, AttributeError, TypeError):  # gone, or no connection

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, Self, TypeAlias, TypedDict
 
 from portico.address import Address
 from portico.admission import AdmissionRules
-from portico.deadlines import Rules
+from portico.deadlines import Rules, check_limit
 from portico.engines import ENGINES
 from portico.engines import settings as engine_settings
 from portico.errors import SettingError
@@ -256,9 +256,7 @@ class Settings:
             denied_networks=self.denied_networks,
         )
         Rules(self.idle_timeout, self.request_timeout, self.minimum_rate)
-        if self.handshake_timeout is not None and not self.handshake_timeout > 0:
-            expected = "more than 0, or None for no limit"
-            raise SettingError("handshake_timeout", self.handshake_timeout, expected)
+        check_limit("handshake_timeout", self.handshake_timeout)
         check_timeout("drain_timeout", self.drain_timeout)
         self._check_certificates()
         # Read once: an iterator would be empty the second time.

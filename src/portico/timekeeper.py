@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from portico.connection import borrowed
-from portico.deadlines import Deadlines, Memory, Rules
+from portico.deadlines import LONGEST_WAIT, Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
 from portico.traffic import look, with_activity
 
@@ -113,9 +113,9 @@ class Timekeeper:
             next_look = self.look_at_all(monotonic())
             # Whoever comes meanwhile is looked at after `_pause` at the latest, which is in time
             # for its first look.
+            patience = min(next_look - monotonic(), self._pause, LONGEST_WAIT)
             with suppress(Empty):
-                patience = max(self._rest, min(next_look - monotonic(), self._pause))
-                self._changes.get(timeout=patience)
+                self._changes.get(timeout=max(self._rest, patience))
 
     def _may_end(self) -> bool:
         """Say whether the thread has nothing left to do; note if nobody is there to look at."""
@@ -169,4 +169,4 @@ class Timekeeper:
         connection.next_look = inf  # nothing more can be done to one that goes on all the same
         if DeadlineExpired.subscribers:
             duration = now - connection.accepted
-            emit(DeadlineExpired(self._server, connection.client_address, deadline, duration))
+            emit(DeadlineExpired(self._server, connection.speaker, deadline, duration))

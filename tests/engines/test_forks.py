@@ -4,13 +4,14 @@ import errno
 import os
 import signal
 import socketserver
+import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from portico import ForkingMixIn, ForkingTCPServer, StreamRequestHandler
+from portico import Certificates, ForkingMixIn, ForkingTCPServer, StreamRequestHandler
 from portico.engines import forks
 from tests.support import (
     Call,
@@ -26,6 +27,7 @@ from tests.support import (
     received,
     run_program,
 )
+from tests.tls import Authority
 
 LOOPBACK = ("127.0.0.1", 0)
 
@@ -520,3 +522,23 @@ def test_a_server_made_before_a_fork_serves_after_it() -> None:
             with connect(server) as client:
                 assert ask(client, b"%d\n" % turn) == b"%d\n" % turn
         assert serving.result() == 0
+
+
+def test_certificates_are_looked_at_before_the_fork(authority: Authority) -> None:
+    """Each child would load the same files again, or tell again that they are wrong."""
+    pair, parent = authority.issue(), os.getpid()
+    with Journal() as journal:
+
+        class Noted(Certificates):
+            def refresh(self, server: Any = None, *, now: float | None = None) -> ssl.SSLContext:
+                journal.note("parent" if os.getpid() == parent else "child")
+                return super().refresh(server, now=now)
+
+        certificates = Noted(pair.certificate, pair.key)
+        with RunningServer(with_settings(ssl_context=certificates)) as running:
+            for _ in range(2):
+                plain = running.connect()
+                with authority.client().wrap_socket(plain, server_hostname="localhost") as client:
+                    client.sendall(b"hello\n")
+                    assert received(client) == b"hello\n"
+        assert journal.entries() == ["parent", "parent"]

@@ -87,7 +87,10 @@ class ForkingMixIn(Hooks):
                 goes on.
         """
         self._wait_below_limit()
+        self._look_at_certificates()
         guard = self._get_guard()
+        if guard is not None:
+            guard.expect_child(request)
         child = os.fork()
         if child == 0:
             if guard is not None:
@@ -114,6 +117,13 @@ class ForkingMixIn(Hooks):
     def _get_guard(self) -> Guard | None:
         """Return what counts the connections, on a server of ours."""
         return getattr(self, "_guard", None)
+
+    def _look_at_certificates(self) -> None:
+        """Load, on a server of ours, what has changed: what a child loads is lost with it."""
+        find_preamble = getattr(self, "_preamble", None)
+        preamble = None if find_preamble is None else find_preamble()
+        if preamble is not None:
+            preamble.refresh(self)
 
     def _wait_event(self, event: threading.Event, seconds: float | None) -> None:
         """Wait for an event that the end of a child may set: children are collected meanwhile."""

@@ -168,11 +168,20 @@ class GreenMixIn(_Base):
             return super().get_request()
         lineage = crew.lineage
         if lineage is not None and lineage.listener is self.socket:
-            taken = lineage.accept()
+            taken: tuple[Request, ClientAddress] = lineage.accept()
+            if getattr(self, "ssl_context", None) is not None and is_ours(self):
+                taken = self._over_tls(taken[0]), taken[1]
         else:
             taken = super().get_request()
         crew.took_request = True
         return taken
+
+    def _over_tls(self, request: Request) -> Request:
+        crew = here.get(get_ident())
+        if crew is not None and crew.server is self:
+            request = crew.make_green(request)  # first: TLS waits as the socket below it does
+        server: Any = super()
+        return server._over_tls(request)
 
     def process_request(self, request: Request, client_address: ClientAddress) -> None:
         """Hand the request to a greenlet.

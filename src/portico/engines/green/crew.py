@@ -290,7 +290,7 @@ class Crew:
         What the family or the program accepted as a plain socket is made green.
         """
         if type(request) is not GreenSocket:
-            accepted, request = request, self._make_green(request)
+            accepted, request = request, self.make_green(request)
             guard = getattr(self.server, "_guard", None)
             if guard is not None and request is not accepted:
                 guard.connections.exchange(accepted, request)
@@ -327,7 +327,7 @@ class Crew:
         self.idle.append(worker)
         return True
 
-    def _make_green(self, request: Request) -> Request:
+    def make_green(self, request: Request) -> Request:
         """Return a request whose socket waits by switching, if it has one that can."""
         kind: Any = cast("Any", type(request))
         if kind is tuple:  # a datagram
