@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import portico
-from portico import cli, events, program, service, swap
+from portico import cli, events, service, soloist, swap
 from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
 from portico.lifecycle import DrainReport
@@ -35,7 +35,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     It runs in a directory of its own, so that no file of settings is found but the test's.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(program, "raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(soloist, "raise_descriptor_limit", lambda: None)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     log = logging.getLogger("portico")
     level = log.level
