@@ -20,6 +20,7 @@ import portico
 from portico import options, program, reloader, swap, target
 from portico.assembly import load_certificates
 from portico.configuration import Configuration
+from portico.console import say
 from portico.doctor import command as doctor
 from portico.engines import ENGINES
 from portico.engines import settings as engine_settings
@@ -70,8 +71,8 @@ class Refusal(click.ClickException):
     exit_code = 2
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the reason to standard error."""
-        click.echo(f"portico: error: {' '.join(self.message.split())}", file=file, err=True)
+        """Say the reason on standard error, whatever the file."""
+        say(f"error: {' '.join(self.message.split())}")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -407,6 +407,28 @@ def test_a_child_can_be_ended_without_the_server(tmp_path: Path) -> None:
         assert command.stop()[0] == 0
 
 
+def test_workers_are_looked_after_though_nobody_reads_what_is_said(tmp_path: Path) -> None:
+    """The reader of standard error has stopped: neither a lost worker nor a signal waits for it."""
+    with serve(tmp_path, "application:Echo", "tcp://127.0.0.1:0", "--workers", "1") as command:
+        with connect(command.addresses[0]) as client:
+            worker = greeting(client)
+        stall(command.process)
+        os.kill(worker, signal.SIGKILL)
+        with connect(command.addresses[0]) as client:
+            assert greeting(client) != worker
+        command.process.terminate()
+        assert command.process.wait(30) == 0
+
+
+def stall(process: subprocess.Popen[str]) -> None:
+    """Have the pipe full into which a process says something."""
+    error = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(error, b"." * select.PIPE_BUF)
+    os.close(error)
+
+
 def test_children_end_with_the_server(tmp_path: Path) -> None:
     arguments = ["application:Echo", "tcp://127.0.0.1:0", "--engine", "forks"]
     arguments += ["--drain-timeout", "0"]

@@ -1,0 +1,128 @@
+"""What is said, and to whom nobody has to listen."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Generator
+from contextlib import closing, contextmanager, suppress
+
+import pytest
+
+from portico import console
+from portico.console import LONGEST_PIECE, say
+from tests.support import Call, in_child
+
+
+class Reader:
+    """The other end of a standard error, who may read or not."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        self._reader = os.fdopen(reader, "rb", buffering=0)
+        self.stream = os.fdopen(writer, "w", encoding="utf-8")
+
+    def stall(self) -> None:
+        """Have the pipe full."""
+        number = self.stream.fileno()
+        os.set_blocking(number, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(number, b"." * select.PIPE_BUF)
+        os.set_blocking(number, True)
+
+    def read(self) -> str:
+        """Return what was written since it was full."""
+        return b"".join(iter(lambda: self._reader.read(65536) or b"", b"")).decode().lstrip(".")
+
+    def leave(self) -> None:
+        self._reader.close()
+
+    def close(self) -> None:
+        self.leave()
+        with suppress(BrokenPipeError):
+            self.stream.close()
+
+
+@contextmanager
+def listening() -> Generator[Reader]:
+    """Have a reader for what this process says.
+
+    Not a fixture: between those and the test, pytest takes standard error for itself.
+    """
+    with closing(Reader()) as reader, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", reader.stream)
+        try:
+            yield reader
+        finally:
+            console._lost.forget()
+
+
+def test_a_reader_that_has_stopped_holds_nobody_up() -> None:
+    with listening() as reader:
+        reader.stall()
+        Call(say, "one").result()
+        Call(say, "two").result()
+        assert reader.read() == ""
+        say("three")
+        say("four")
+        assert reader.read() == (
+            "portico: 2 lines were dropped, since nobody read them\nportico: three\nportico: four\n"
+        )
+
+
+def test_it_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at each of the lines that a supervisor may have to say one after the other."""
+    with listening() as reader:
+        monkeypatch.setattr(console, "PATIENCE", 0.01)
+        reader.stall()
+        say("one")
+        monkeypatch.setattr(console, "PATIENCE", 1e6)
+        Call(say, "two").result()
+        reader.read()
+        say("three")
+        assert "2 lines were dropped" in reader.read()
+
+
+def test_a_child_does_not_tell_of_what_its_parent_has_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with listening() as reader:
+        monkeypatch.setattr(console, "PATIENCE", 0.01)
+        reader.stall()
+        say("one")
+        reader.read()
+        assert in_child(lambda: say("two")) == 0
+        assert reader.read() == "portico: two\n"
+        say("three")
+        assert reader.read().startswith("portico: 1 line was dropped, since nobody read it\n")
+
+
+@pytest.mark.parametrize("character", ["x", "\N{SNOWMAN}", "\N{CAT FACE}", "\n"])
+def test_a_text_of_any_length_is_said_whole(character: str) -> None:
+    with listening() as reader:
+        text = character * 5000
+        say(text)
+        assert reader.read() == f"portico: {text}\n"
+
+
+def test_a_piece_ends_with_a_line_and_is_what_a_pipe_takes_whole() -> None:
+    lines = [f"{number:04}" * 30 + "\n" for number in range(100)]
+    pieces = list(console._pieces("".join(lines)))
+    assert "".join(pieces) == "".join(lines)
+    assert all(piece.endswith("\n") for piece in pieces)
+    assert max(map(len, pieces)) <= LONGEST_PIECE
+    assert len(("\N{CAT FACE}" * LONGEST_PIECE).encode()) <= select.PIPE_BUF
+
+
+def test_where_there_is_no_standard_error_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    say("a word")
+
+
+def test_a_reader_that_has_gone_is_no_reason_to_stop() -> None:
+    with listening() as reader:
+        reader.leave()
+        say("a word")
