@@ -7,12 +7,15 @@ import select
 import sys
 from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
 from portico import console
 from portico.console import LONGEST_PIECE, say
 from tests.support import Call, in_child
+
+NAMES = ("stdin", "stdout", "stderr")
 
 
 class Reader:
@@ -126,3 +129,36 @@ def test_a_reader_that_has_gone_is_no_reason_to_stop() -> None:
     with listening() as reader:
         reader.leave()
         say("a word")
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1,), (2,), (0, 1, 2)])
+def test_what_is_closed_of_the_standard_descriptors_is_opened_on_nothing(
+    numbers: tuple[int, ...],
+) -> None:
+    """As a shell's `2>&-` leaves it: Python has no stream then, and the number is free."""
+
+    def look() -> None:
+        for number in numbers:
+            os.close(number)
+            setattr(sys, NAMES[number], None)
+        console.complete()
+        for number in numbers:
+            assert Path(f"/proc/self/fd/{number}").readlink() == Path(os.devnull)
+            assert os.get_inheritable(number)
+            stream = getattr(sys, NAMES[number])
+            assert stream.fileno() == number
+            assert stream.read() == "" if number == 0 else stream.write("a word") == 6
+        say("a word")
+
+    assert in_child(look) == 0
+
+
+def test_what_is_open_of_the_standard_descriptors_stays() -> None:
+    def look() -> None:
+        before = [os.fstat(number).st_ino for number in range(3)]
+        streams = (sys.stdin, sys.stdout, sys.stderr)
+        console.complete()
+        assert [os.fstat(number).st_ino for number in range(3)] == before
+        assert (sys.stdin, sys.stdout, sys.stderr) == streams
+
+    assert in_child(look) == 0

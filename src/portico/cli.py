@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import click
 
 import portico
-from portico import options, program, reloader, swap, target
+from portico import console, options, program, reloader, swap, target
 from portico.assembly import load_certificates
 from portico.configuration import Configuration
 from portico.console import say
@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: Always; with the exit status.
     """
+    console.complete()
     try:
         outcome = commands.main(arguments, prog_name="portico", standalone_mode=False)
         if callable(outcome):

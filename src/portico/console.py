@@ -1,7 +1,7 @@
 """Say on the terminal what happens to a program, one line at a time.
 
-Owns the words that introduce each line, and what becomes of a line that nobody takes.  It goes to
-standard error, wherever the log goes.
+Owns the words that introduce each line, what becomes of a line that nobody takes, and what stands
+for a terminal that is not there.  What is said goes to standard error, wherever the log goes.
 
 Sources: pipe(7) (PIPE_BUF); poll(2) (a pipe that is ready takes so many bytes without a wait);
 open(2) (O_NONBLOCK belongs to the open file description, which others who write there share).
@@ -25,6 +25,25 @@ LONGEST_PIECE: Final = select.PIPE_BUF // 4
 """Characters that are written at once; in UTF-8 they are no more bytes than a pipe takes whole."""
 
 
+def complete() -> None:
+    """Open what is closed of the three standard descriptors, on nothing.
+
+    At the start of a process, before anything else is opened: that would get their numbers, and a
+    handler's print might go to a client.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
 def say(text: str) -> None:
     """Say something on standard error, so that lines of several processes stay whole.
 
@@ -33,7 +52,7 @@ def say(text: str) -> None:
     that is taken is introduced by how many were.
     """
     stream = sys.stderr
-    if stream is None:  # closed before the interpreter started, or taken off by the program
+    if stream is None:  # closed when the interpreter started, or taken off by the program
         return
     try:
         _lost.tell(stream)

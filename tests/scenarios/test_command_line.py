@@ -420,6 +420,15 @@ def test_workers_are_looked_after_though_nobody_reads_what_is_said(tmp_path: Pat
         assert command.process.wait(30) == 0
 
 
+def is_greeted(path: Path) -> bool:
+    """Say whether somebody serves at the path of a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client, suppress(FileNotFoundError, ConnectionError):
+        client.settimeout(30)
+        client.connect(str(path))
+        return greeting(client) > 0
+    return False
+
+
 def stall(process: subprocess.Popen[str]) -> None:
     """Have the pipe full into which a process says something."""
     error = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
@@ -427,6 +436,26 @@ def stall(process: subprocess.Popen[str]) -> None:
         while True:
             os.write(error, b"." * select.PIPE_BUF)
     os.close(error)
+
+
+@pytest.mark.parametrize("workers", ["none", "1"])
+@pytest.mark.parametrize("before", ["", "sys.stdout = sys.stderr = None\n"])
+def test_it_serves_without_a_terminal(tmp_path: Path, workers: str, before: str) -> None:
+    """The shell has closed all three, or the program has taken off what Python has of them."""
+    (tmp_path / "application.py").write_text(PROGRAM + before)
+    closed = "" if before else "<&- >&- 2>&-"
+    words = [*PORTICO, "serve", "application:Echo", "unix:here", "--workers", workers]
+    with subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *words],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            eventually(lambda: is_greeted(tmp_path / "here") or process.poll() is not None)
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 def test_children_end_with_the_server(tmp_path: Path) -> None:
