@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from portico.logfile import LogFile, reopen_all
+from tests.support import nothing_left_behind
 
 
 @pytest.fixture
@@ -46,4 +47,36 @@ def test_when_it_cannot_be_opened_again_it_goes_on_with_the_one_it_has(tmp_path:
         assert (tmp_path / "moved" / "log").read_text() == "on\n"
     finally:
         logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The name of a file on a disk that takes nothing more."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    name = tmp_path / "full"
+    name.symlink_to("/dev/full")
+    return name
+
+
+def test_a_full_disk_does_not_keep_the_log(full: Path) -> None:
+    """It is opened again elsewhere, however much the disk has not taken yet."""
+    with nothing_left_behind():
+        handler = LogFile(full)
+        logging.getLogger().addHandler(handler)
+        try:
+            logging.getLogger("test").warning("lost")
+            full.unlink()
+            reopen_all()
+            logging.getLogger("test").warning("on")
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    assert full.read_text() == "on\n"
+
+
+def test_a_full_disk_is_no_reason_to_fail_at_the_end(full: Path) -> None:
+    with nothing_left_behind():
+        handler = LogFile(full)
+        handler.emit(logging.makeLogRecord({"msg": "lost"}))
         handler.close()

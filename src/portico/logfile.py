@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Final
 
@@ -35,7 +36,8 @@ class LogFile(logging.FileHandler):
     def reopen(self) -> None:
         """Open the file again, wherever the one went that was open.  Callable from any thread.
 
-        If that fails, it writes on to the one that is open.
+        If that fails, it writes on to the one that is open.  What a full disk has not taken of
+        that one is lost.
 
         Raises:
             OSError: The file cannot be opened.
@@ -43,11 +45,19 @@ class LogFile(logging.FileHandler):
         opened = self._open()
         self.acquire()
         try:
-            before = self.setStream(opened)
+            # Not by `setStream`: it flushes the earlier one first, and a full disk would keep the
+            # log.
+            before, self.stream = self.stream, opened
         finally:
             self.release()
         if before is not None:
-            before.close()
+            with suppress(OSError):
+                before.close()
+
+    def close(self) -> None:
+        """Close the file.  What a full disk has not taken of it is lost."""
+        with suppress(OSError):
+            super().close()
 
     def _open(self) -> TextIOWrapper:
         return open(  # the handler closes it
