@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from portico.logfile import LogFile, reopen_all
-from tests.support import nothing_left_behind
+from tests.support import Call, nothing_left_behind
 
 
 @pytest.fixture
@@ -80,3 +81,23 @@ def test_a_full_disk_is_no_reason_to_fail_at_the_end(full: Path) -> None:
         handler = LogFile(full)
         handler.emit(logging.makeLogRecord({"msg": "lost"}))
         handler.close()
+
+
+def test_a_fifo_that_nobody_reads_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    with nothing_left_behind(), pytest.raises(OSError, match="No such device"):
+        Call(LogFile, tmp_path / "log").result()
+
+
+def test_a_fifo_that_somebody_reads_takes_the_log(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    handler = LogFile(tmp_path / "log")
+    try:
+        assert handler.stream is not None
+        assert os.get_blocking(handler.stream.fileno())
+        handler.emit(logging.makeLogRecord({"msg": "read"}))
+        assert os.read(reader, 100) == b"read\n"
+    finally:
+        handler.close()
+        os.close(reader)

@@ -3,8 +3,8 @@
 Owns the file and its mode.  Leaves the lines to `logging`, and when to open it again to whoever
 hears the signal.
 
-Source: logrotate(8), ``postrotate``: the file is renamed, and the program is told to open another
-one; until it does, it writes to the renamed one, so that nothing is lost.
+Sources: logrotate(8), ``postrotate``: the file is renamed, and the program is told to open another
+one; until it does, it writes to the renamed one, so that nothing is lost.  fifo(7).
 """
 
 from __future__ import annotations
@@ -83,4 +83,7 @@ def reopen_all() -> None:
 
 
 def _open_narrow(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_APPEND, FILE_MODE)
+    # For a FIFO that nobody reads, which is an error then: else it would wait for a reader.
+    opened = os.open(path, flags | os.O_CLOEXEC | os.O_APPEND | os.O_NONBLOCK, FILE_MODE)
+    os.set_blocking(opened, True)
+    return opened
