@@ -18,7 +18,7 @@ from portico.console import say
 from portico.counts import Counts
 from portico.errors import PorticoError, SettingError
 from portico.listener import expand, scheme_of
-from portico.logfile import LogFile
+from portico.logfile import LogFile, reopen_all
 from portico.opening import Opening
 from portico.service import Assignment
 from portico.settings import StrPath
@@ -125,6 +125,16 @@ def forget_logs() -> None:
         logging.getLogger().removeHandler(handler)
         handler.close()
     _kept.clear()
+
+
+def reopen_log() -> None:
+    """Open the log files again, and say so; or why not."""
+    try:
+        reopen_all()
+    except OSError as error:
+        say(f"cannot open the log again: {error}")
+    else:
+        say("has opened its log again")
 
 
 def _open_log(path: StrPath, form: str) -> LogFile:
