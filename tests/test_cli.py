@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import signal
 import socket
@@ -22,7 +23,7 @@ from portico.engines import ENGINES
 from portico.lifecycle import DrainReport
 from portico.notation import NOTATIONS
 from portico.tally import Tally
-from tests.support import recorded
+from tests.support import in_child, recorded
 
 HANDLER = "portico:BaseRequestHandler"
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -424,9 +425,28 @@ def test_a_user_who_is_not_there_is_told_with_the_place(
     assert capsys.readouterr().err.startswith(expected)
 
 
+@pytest.mark.parametrize("setting", ["user", "group", "socket_owner", "socket_group"])
+def test_a_check_looks_for_those_who_are_named(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "portico.toml").write_text(f'{setting} = "no such name"\n' + FILE)
+    assert status("check") == 2
+    expected = f'portico: error: portico.toml: {setting} = "no such name": expected '
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_who_checks_need_not_be_able_to_become_whom_the_service_becomes() -> None:
+    def check() -> None:
+        os.setuid(65_533)
+        assert status("check", HANDLER, LOOPBACK, "--user", "root") == 0
+
+    assert in_child(check) == 0
+
+
 def test_a_check_need_not_import_the_targets(capsys: pytest.CaptureFixture[str]) -> None:
-    """On a machine where they are not installed."""
-    assert status("check", "no_such:Echo", LOOPBACK, "--no-import") == 0
+    """On a machine where they are not installed, and their users are not known."""
+    assert status("check", "no_such:Echo", LOOPBACK, "--no-import", "--user", "no such") == 0
     assert 'target = "no_such:Echo"' in capsys.readouterr().out
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import click
 
 import portico
-from portico import console, options, program, reloader, swap, target
+from portico import console, options, privileges, program, reloader, swap, target
 from portico.assembly import load_certificates
 from portico.configuration import Configuration
 from portico.console import say
@@ -115,12 +115,12 @@ def serve(*, reload: bool, **given: Any) -> Callable[[], None] | None:
 @commands.command()
 @options.configured
 @click.option("--all", "with_defaults", is_flag=True, help="Show the defaults, too.")
-@click.option("--no-import", is_flag=True, help="Do not import the targets.")
+@click.option("--no-import", is_flag=True, help="Do not import the targets, nor look for users.")
 def check(*, with_defaults: bool, no_import: bool, **given: Any) -> None:
     """Say what portico serve would run, and where each value comes from.
 
-    Imports the targets and loads the certificates, and opens no address.  What is printed is a file
-    with settings itself.
+    Imports the targets, loads the certificates and looks for the users and groups, and opens no
+    address.  What is printed is a file with settings itself.
     """
     with _refused():
         loader = Loader(options.sources(**given))
@@ -208,10 +208,14 @@ def _verify(configuration: Configuration, *, imports: bool) -> None:
     Raises:
         PorticoError: It is not.
     """
+    process = configuration.process
+    if imports:  # whoever checks need not be able to become them
+        privileges.look_up(process.user, process.group)
     for each in configuration.services:
         load_certificates(each.settings)
         if not imports:
             continue
+        each.settings.socket_access()
         handler = target.load(each.target)
         for address in each.addresses:
             if not address.scheme.is_inherited:  # what is passed is not there yet
