@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -422,6 +423,21 @@ def test_a_user_who_is_not_there_is_told_with_the_place(
     (tmp_path / "portico.toml").write_text('user = "no such user"\n' + FILE)
     assert status("serve") == 2
     expected = 'portico: error: portico.toml: user = "no such user": expected '
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_few_descriptors_to_begin_with_are_one_line(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: object) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("portico.program.run", run)
+    assert status("serve", HANDLER, LOOPBACK) == 2
+    expected = (
+        "portico: error: cannot open what is needed to serve: expected a higher limit of desc"
+    )
     assert capsys.readouterr().err.startswith(expected)
 
 

@@ -6,6 +6,7 @@ Leaves the options that are settings to `portico.options`.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -229,3 +230,8 @@ def _refused() -> Generator[None]:
         yield
     except PorticoError as error:
         raise Refusal(str(error)) from error
+    except OSError as error:
+        if error.errno not in {errno.EMFILE, errno.ENFILE}:
+            raise
+        expected = "a higher limit of descriptors (`ulimit -n`, LimitNOFILE= of systemd)"
+        raise Refusal(f"cannot open what is needed to serve: expected {expected}") from error

@@ -640,6 +640,23 @@ def test_the_current_directory_is_left_out_where_python_leaves_it_out(tmp_path: 
     assert "there is no module 'application'" in ended.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "check", "doctor"])
+def test_a_current_directory_that_was_removed_gets_one_line(tmp_path: Path, command: str) -> None:
+    (tmp_path / "gone").mkdir()
+    words = [*PORTICO, command, "portico:BaseRequestHandler", "tcp://127.0.0.1:0"]
+    ended = subprocess.run(
+        ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh", *words],
+        cwd=tmp_path / "gone",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = "portico: error: the current directory was removed: expected to be started in one that"
+    assert ended.stderr.startswith(said)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+
+
 @pytest.mark.parametrize("scheme", ["tcp", "udp"])
 def test_a_port_in_use_names_the_process(tmp_path: Path, scheme: str) -> None:
     with serve(tmp_path, "application:Upper", f"{scheme}://127.0.0.1:0") as command:
