@@ -426,6 +426,11 @@ def test_a_user_who_is_not_there_is_told_with_the_place(
     assert capsys.readouterr().err.startswith(expected)
 
 
+def test_a_check_remarks_what_has_no_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("check", HANDLER, LOOPBACK, "--max-requests", "5") == 0
+    assert capsys.readouterr().err == "portico: max_requests has no use without workers\n"
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
 def test_too_few_descriptors_to_begin_with_are_one_line(
     number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

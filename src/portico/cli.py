@@ -127,6 +127,8 @@ def check(*, with_defaults: bool, no_import: bool, **given: Any) -> None:
         loader = Loader(options.sources(**given))
         loader.explaining(lambda: _verify(loader.load(), imports=not no_import))
     if loader.reading is not None:
+        for name in loader.reading.configuration.process.unused():
+            say(f"{name} has no use without workers")
         for line in outline(loader.reading, with_defaults=with_defaults):
             click.echo(line)
 

@@ -31,6 +31,17 @@ def account(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
         yield ok("account", f"it becomes {found.words}")
 
 
+def workers(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether what is said of workers is said to some."""
+    for name in configuration.process.unused():
+        yield warn(
+            "workers",
+            f"{name} = {getattr(configuration.process, name)}, and no workers",
+            "workers, of which it says when one is replaced",
+            "set workers, or leave it out",
+        )
+
+
 def files(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether the files of the processes can be had, and the owners of their sockets."""
     for each in facts.files:
@@ -154,4 +165,4 @@ def packages(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
             yield ok("packages", f"{package} (for {use}) {state}")
 
 
-RULES: Final = (account, files, targets, forks, packages)
+RULES: Final = (account, workers, files, targets, forks, packages)
