@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from portico import console
-from portico.console import LONGEST_PIECE, say
+from portico.console import LONGEST_PIECE, LogConsole, say
 from tests.support import Call, in_child
 
 NAMES = ("stdin", "stdout", "stderr")
@@ -87,6 +88,25 @@ def test_it_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
         reader.read()
         say("three")
         assert "2 lines were dropped" in reader.read()
+
+
+def test_a_line_of_the_log_is_dropped_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening() as reader:
+        log = LogConsole()
+        monkeypatch.setattr(console, "PATIENCE", 0.01)
+        reader.stall()
+        log.handle(logging.makeLogRecord({"msg": "one"}))
+        reader.read()
+        log.handle(logging.makeLogRecord({"msg": "two %s", "args": ("three",)}))
+        expected = "portico: 1 line was dropped, since nobody read it\ntwo three\n"
+        assert reader.read() == expected
+
+
+def test_a_record_that_cannot_be_written_is_told_as_logging_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    LogConsole().handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+    assert "--- Logging error ---" in capsys.readouterr().err
 
 
 def test_a_child_does_not_tell_of_what_its_parent_has_dropped(

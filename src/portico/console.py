@@ -9,11 +9,12 @@ open(2) (O_NONBLOCK belongs to the open file description, which others who write
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
 from collections.abc import Iterator
-from typing import IO, Final
+from typing import Final, TextIO
 
 PATIENCE: Final = 0.25
 """Seconds that a line waits for whoever reads what is said.
@@ -51,12 +52,30 @@ def say(text: str) -> None:
     to stop, and one that takes nothing more none to wait: the line is dropped, and the next one
     that is taken is introduced by how many were.
     """
-    stream = sys.stderr
+    _put(sys.stderr, f"portico: {text}\n")
+
+
+class LogConsole(logging.StreamHandler[TextIO]):
+    """A handler of `logging` for standard error, which drops what nobody takes as `say` does.
+
+    Whoever logs is serving: it would stand still with the reader.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        try:
+            _put(self.stream, f"{self.format(record)}{self.terminator}")
+        except Exception:  # of whoever gave the record its arguments
+            self.handleError(record)
+
+
+def _put(stream: TextIO | None, text: str) -> None:
+    """Write a text, unless nobody takes it."""
     if stream is None:  # closed when the interpreter started, or taken off by the program
         return
     try:
         _lost.tell(stream)
-        for piece in _pieces(f"portico: {text}\n"):
+        for piece in _pieces(text):
             _write(stream, piece)
     except BlockingIOError:
         _lost.count += 1
@@ -79,7 +98,7 @@ class Lost:
         """Leave them to the process that has dropped them."""
         self.count = 0
 
-    def tell(self, stream: IO[str]) -> None:
+    def tell(self, stream: TextIO) -> None:
         """Tell of them, if there are any.
 
         Raises:
@@ -103,7 +122,7 @@ def _pieces(text: str) -> Iterator[str]:
     yield text
 
 
-def _write(stream: IO[str], piece: str) -> None:
+def _write(stream: TextIO, piece: str) -> None:
     """Write a piece, if it is taken in time.
 
     Raises:
@@ -115,7 +134,7 @@ def _write(stream: IO[str], piece: str) -> None:
     stream.flush()
 
 
-def _has_room(stream: IO[str]) -> bool:
+def _has_room(stream: TextIO) -> bool:
     """Wait for room, unless somebody has waited in vain and there was none since."""
     try:
         number = stream.fileno()

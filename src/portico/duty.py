@@ -14,7 +14,7 @@ from typing import Final
 
 from portico import logs, systemd, target
 from portico.configuration import ProcessSettings, ServiceSettings
-from portico.console import say
+from portico.console import LogConsole, say
 from portico.counts import Counts
 from portico.errors import PorticoError, SettingError
 from portico.listener import expand, scheme_of
@@ -98,7 +98,7 @@ def log_kept(settings: ProcessSettings) -> Generator[None]:
     if settings.log_file is not None:
         root.addHandler(_open_log(settings.log_file, form))
     else:
-        logging.basicConfig(format=form)
+        logging.basicConfig(format=form, handlers=[LogConsole()])
     ours = [handler for handler in root.handlers if handler not in before]
     _kept.extend(ours)
     logging.getLogger("portico").setLevel(settings.log_level.upper())

@@ -407,15 +407,18 @@ def test_a_child_can_be_ended_without_the_server(tmp_path: Path) -> None:
         assert command.stop()[0] == 0
 
 
-def test_workers_are_looked_after_though_nobody_reads_what_is_said(tmp_path: Path) -> None:
-    """The reader of standard error has stopped: neither a lost worker nor a signal waits for it."""
-    with serve(tmp_path, "application:Echo", "tcp://127.0.0.1:0", "--workers", "1") as command:
+@pytest.mark.parametrize("workers", ["none", "1"])
+def test_it_serves_though_nobody_reads_what_is_said(tmp_path: Path, workers: str) -> None:
+    """The reader of standard error has stopped: neither a client, nor a signal, waits for it."""
+    words = ["application:Echo", "tcp://127.0.0.1:0", "--log-level", "debug", "--workers", workers]
+    with serve(tmp_path, *words) as command:
         with connect(command.addresses[0]) as client:
-            worker = greeting(client)
+            process = greeting(client)
         stall(command.process)
-        os.kill(worker, signal.SIGKILL)
+        if workers == "1":
+            os.kill(process, signal.SIGKILL)
         with connect(command.addresses[0]) as client:
-            assert greeting(client) != worker
+            assert (greeting(client) == process) is (workers == "none")
         command.process.terminate()
         assert command.process.wait(30) == 0
 
