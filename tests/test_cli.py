@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
 import re
 import signal
 import socket
@@ -16,13 +18,13 @@ import pytest
 from click.testing import CliRunner
 
 import portico
-from portico import cli, events, program, service, swap
+from portico import cli, events, service, soloist, swap
 from portico.address import InternetAddress, Scheme, UnixAddress
 from portico.engines import ENGINES
 from portico.lifecycle import DrainReport
 from portico.notation import NOTATIONS
 from portico.tally import Tally
-from tests.support import recorded
+from tests.support import in_child, recorded
 
 HANDLER = "portico:BaseRequestHandler"
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -35,7 +37,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     It runs in a directory of its own, so that no file of settings is found but the test's.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(program, "raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(soloist, "raise_descriptor_limit", lambda: None)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     log = logging.getLogger("portico")
     level = log.level
@@ -424,9 +426,48 @@ def test_a_user_who_is_not_there_is_told_with_the_place(
     assert capsys.readouterr().err.startswith(expected)
 
 
+def test_a_check_remarks_what_has_no_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("check", HANDLER, LOOPBACK, "--max-requests", "5") == 0
+    assert capsys.readouterr().err == "portico: max_requests has no use without workers\n"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_few_descriptors_to_begin_with_are_one_line(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: object) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("portico.program.run", run)
+    assert status("serve", HANDLER, LOOPBACK) == 2
+    expected = (
+        "portico: error: cannot open what is needed to serve: expected a higher limit of desc"
+    )
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.parametrize("setting", ["user", "group", "socket_owner", "socket_group"])
+def test_a_check_looks_for_those_who_are_named(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "portico.toml").write_text(f'{setting} = "no such name"\n' + FILE)
+    assert status("check") == 2
+    expected = f'portico: error: portico.toml: {setting} = "no such name": expected '
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_who_checks_need_not_be_able_to_become_whom_the_service_becomes() -> None:
+    def check() -> None:
+        os.setuid(65_533)
+        assert status("check", HANDLER, LOOPBACK, "--user", "root") == 0
+
+    assert in_child(check) == 0
+
+
 def test_a_check_need_not_import_the_targets(capsys: pytest.CaptureFixture[str]) -> None:
-    """On a machine where they are not installed."""
-    assert status("check", "no_such:Echo", LOOPBACK, "--no-import") == 0
+    """On a machine where they are not installed, and their users are not known."""
+    assert status("check", "no_such:Echo", LOOPBACK, "--no-import", "--user", "no such") == 0
     assert 'target = "no_such:Echo"' in capsys.readouterr().out
 
 

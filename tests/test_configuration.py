@@ -52,3 +52,12 @@ def test_workers_are_counted() -> None:
     assert ProcessSettings().worker_count() == 0
     assert ProcessSettings(workers=3).worker_count() == 3
     assert ProcessSettings(workers="auto").worker_count() == len(os.sched_getaffinity(0))
+
+
+def test_what_is_said_of_workers_has_no_use_without_them() -> None:
+    alone = ProcessSettings(
+        max_requests=5, max_worker_memory=1, worker_timeout=None, start_timeout=1
+    )
+    assert alone.unused() == ["max_requests", "max_worker_memory", "worker_timeout"]
+    assert dataclasses.replace(alone, workers=1).unused() == []
+    assert ProcessSettings().unused() == []

@@ -195,3 +195,33 @@ def test_what_toml_does_not_know_is_shown_as_it_is() -> None:
     """A program's keyword may be anything."""
     assert in_toml(PurePath("a")) == "a"
     assert in_toml(dt.date(2026, 1, 2)) == "2026-01-02"
+
+
+LONG = "9" * 400
+
+
+@pytest.mark.parametrize("name", ["max_requests", "worker_timeout", "max_worker_memory", "user"])
+@pytest.mark.parametrize(
+    "value",
+    [int(LONG), -int(LONG), 1 << 63, 16**5000],
+    ids=["large", "small", "one too large", "beyond words"],
+)
+def test_a_number_of_more_than_64_bits_is_none(name: str, value: int) -> None:
+    with pytest.raises(NotationError) as caught:
+        NOTATIONS[name].from_toml(value)
+    assert in_toml(caught.value.value) == hex(value)
+    assert tomllib.loads(f"a = {in_toml([value, 1])}".replace("-0x", "0x"))
+
+
+@pytest.mark.parametrize("name", ["max_requests", "max_worker_memory"])
+@pytest.mark.parametrize("text", [LONG, "9" * 5000], ids=["large", "beyond words"])
+def test_a_text_of_such_a_number_is_none(name: str, text: str) -> None:
+    for value in (text, f"{text} GiB"):
+        with pytest.raises(NotationError):
+            NOTATIONS[name].from_text(value)
+
+
+@pytest.mark.parametrize("number", [(1 << 63) - 1, -(1 << 63), 0])
+def test_a_number_of_64_bits_is_one(number: int) -> None:
+    assert NOTATIONS["max_requests"].from_toml(number) == number
+    assert in_toml(number) == str(number)

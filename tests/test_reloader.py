@@ -534,6 +534,51 @@ def test_settings_that_are_nested_too_deep_are_said_and_wait_for_a_change(
     assert edited.ready() == address
 
 
+def test_the_log_is_opened_again_and_what_was_counted_said(edited: Edited, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    edited.serve("--log-file", str(log), "--pid-file", str(tmp_path / "pid"))
+    address = edited.ready()
+    assert ask(address) == b"first"
+    log.rename(tmp_path / "moved")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+    edited.read("has opened its log again")
+    edited.read(r"tcp://127\.0\.0\.1:\d+: 1 accepted, 1 served")
+    assert log.exists()
+    assert ask(address) == b"first"
+    edited.stop()
+    assert not (tmp_path / "pid").exists()
+
+
+def test_what_is_asked_while_the_program_is_imported_is_done_when_it_serves(edited: Edited) -> None:
+    """And though the program takes the signal for itself."""
+    gate = edited.folder / "gate"
+    os.mkfifo(gate)
+    taken = "import signal\nsignal.signal(signal.SIGUSR1, signal.SIG_DFL)\n"
+    edited.serve()
+    edited.ready()
+    edited.write("second", before=f"open({str(gate)!r}).read()\n{taken}")
+    with gate.open("w") as opened:  # as soon as the import reads it
+        edited.process.send_signal(signal.SIGUSR1)
+        edited.process.send_signal(signal.SIGUSR2)
+        edited.read("SIGUSR2 changes nothing: --reload does not hand over")
+        opened.write("go on")
+    address = edited.ready()
+    edited.read("has opened its log again")
+    assert ask(address) == b"second"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_is_asked_while_nothing_serves_ends_nothing(edited: Edited, number: int) -> None:
+    edited.target.write_text("1 +\n")
+    edited.serve()
+    edited.read("waiting for a change")
+    edited.process.send_signal(number)
+    edited.process.send_signal(signal.SIGUSR2)
+    edited.read("SIGUSR2 changes nothing")
+    edited.write("mended")
+    assert ask(edited.ready()) == b"mended"
+
+
 def test_workers_are_said_to_be_left_aside(edited: Edited) -> None:
     """Once, and not at each edit."""
     edited.serve("--workers", "2")

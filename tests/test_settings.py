@@ -82,6 +82,11 @@ def test_none_means_no_limit(name: str) -> None:
         ({"handshake_timeout": 0}, "handshake_timeout=0: expected more than 0, or None for no"),
         ({"idle_timeout": -1}, "idle_timeout=-1: expected more than 0, or None for no limit"),
         ({"idle_timeout": "5"}, "idle_timeout='5': expected a number of seconds, or None for no"),
+        pytest.param(
+            {"idle_timeout": 10**400},
+            f"idle_timeout={10**400}: expected a number of seconds, or",
+            id="beyond all floats",
+        ),
         ({"idle_timeout": True}, "idle_timeout=True: expected a number of seconds, or None for"),
         ({"request_timeout": nan}, "request_timeout=nan: expected a number of seconds, or None"),
         ({"minimum_rate": "x"}, "minimum_rate='x': expected a number of bytes a second, or None"),

@@ -185,6 +185,26 @@ def test_paths_are_those_of_the_folder_of_the_file(tmp_path: Path) -> None:
     assert plain(layer.services["other"]) == {"target": "app:Echo"}
 
 
+def test_the_path_of_a_socket_has_its_folder_before_it_when_it_is_measured(
+    tmp_path: Path,
+) -> None:
+    folder = "d" * 110
+    (tmp_path / folder).mkdir()
+    file = refused(tmp_path, 'addresses = ["unix:run.sock"]', f"{folder}/portico.toml")
+    assert file == (
+        f'{folder}/portico.toml: addresses = "unix:{folder}/run.sock": '
+        "expected a path of at most 107 bytes (this one has 119)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"), [("@conf", "./@conf/run.sock"), ("//etc", "/etc/run.sock")]
+)
+def test_a_folder_is_no_abstract_name_and_no_host(folder: str, expected: str) -> None:
+    file = SettingsFile.named(f"{folder}/portico.toml", Path())
+    assert file._address(parse("unix:run.sock")) == parse(f"unix:{expected}")
+
+
 def test_in_the_current_directory_paths_stay_as_they_are(tmp_path: Path) -> None:
     """Short, as a Unix address has to be, and as on the command line."""
     web = plain(read(tmp_path, RELATIVE).services["web"])

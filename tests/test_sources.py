@@ -239,6 +239,15 @@ def test_what_is_wrong_in_a_file_says_where_it_stands(
     assert refused(text).startswith(f"portico.toml: {expected}")
 
 
+def test_more_addresses_than_workers_can_count_at_are_too_many(folder: Path) -> None:
+    most = [f"unix:{number}" for number in range(63)]
+    assert len(only(read(target="app:Echo", addresses=most, workers=2)).addresses) == 63
+    more = [*most, "unix:more"]
+    expected = "64 addresses: expected 63 at the most with workers"
+    assert refused(target="app:Echo", addresses=more, workers=2) == expected
+    assert len(only(read(target="app:Echo", addresses=more)).addresses) == 64
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [

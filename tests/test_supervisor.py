@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from portico.supervision import Generation, Stage, Stop, Worker, note_end
 from portico.supervisor import Supervisor
 from portico.systemd import Notifier
 from tests.supervised import ECHO, Supervised, supervised
-from tests.support import PATIENCE, Client, eventually, goodbye, received
+from tests.support import PATIENCE, Client, eventually, goodbye, received, run_program
 from tests.tls import Authority
 
 
@@ -218,23 +219,41 @@ def test_a_worker_that_does_not_come_to_serve_is_ended_and_says_where_it_was(
         assert program.find("is killed: it does not serve after 2.5 s")
 
 
+SIGNALLED = """
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from portico import supervisor
+from tests import supervised
+
+kept = supervisor.log_kept
+
+@contextmanager
+def log_kept(process):
+    assert all(map(os.path.exists, sys.argv[2:]))
+    os.kill(os.getpid(), signal.SIGTERM)
+    with kept(process):
+        yield
+
+supervisor.log_kept = log_kept
+supervised.main()
+"""
+
+
 def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> None:
-    """The supervisor waits for a reader of its log, with its listeners open."""
-    path, pid_file, log = tmp_path / "echo", tmp_path / "pid", tmp_path / "log"
-    os.mkfifo(log)
-    with supervised(
-        tmp_path, addresses=(f"unix:{path}",), pid_file=str(pid_file), log_file=str(log)
-    ) as program:
-        eventually(lambda: path.exists() and pid_file.exists())
-        program.send(signal.SIGTERM)
-        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
-        program.wait_silent()
-        os.close(reader)
-        assert program.wait_ended() == 0
-        assert program.find(r"stops \(SIGTERM\)")
-        assert not program.find("worker")
-        assert not path.exists()
-        assert not pid_file.exists()
+    """It comes while the supervisor opens its log, with its listeners open."""
+    path, pid_file, settings = tmp_path / "echo", tmp_path / "pid", tmp_path / "settings"
+    (tmp_path / "app.py").write_text(ECHO)
+    service = {"target": f"{tmp_path}/app.py:Echo", "addresses": [f"unix:{path}"], "settings": {}}
+    process = {"workers": 2, "pid_file": str(pid_file)}
+    settings.write_text(json.dumps({"process": process, "services": [service]}))
+    ended = run_program(SIGNALLED, *map(str, (settings, path, pid_file)))
+    assert ended.returncode == 0, ended.stderr
+    assert "stops (SIGTERM)" in ended.stderr
+    assert "worker" not in ended.stderr
+    assert not path.exists()
+    assert not pid_file.exists()
 
 
 def test_when_another_worker_starts_is_said_once_and_not_of_one_that_went_as_asked(

@@ -6,6 +6,7 @@ Leaves the options that are settings to `portico.options`.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from typing import IO, Any, NoReturn, TypeVar
 import click
 
 import portico
-from portico import options, program, reloader, swap, target
+from portico import console, options, privileges, program, reloader, swap, target
 from portico.assembly import load_certificates
 from portico.configuration import Configuration
+from portico.console import say
 from portico.doctor import command as doctor
 from portico.engines import ENGINES
 from portico.engines import settings as engine_settings
@@ -70,8 +72,8 @@ class Refusal(click.ClickException):
     exit_code = 2
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the reason to standard error."""
-        click.echo(f"portico: error: {' '.join(self.message.split())}", file=file, err=True)
+        """Say the reason on standard error, whatever the file."""
+        say(f"error: {' '.join(self.message.split())}")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,17 +116,19 @@ def serve(*, reload: bool, **given: Any) -> Callable[[], None] | None:
 @commands.command()
 @options.configured
 @click.option("--all", "with_defaults", is_flag=True, help="Show the defaults, too.")
-@click.option("--no-import", is_flag=True, help="Do not import the targets.")
+@click.option("--no-import", is_flag=True, help="Do not import the targets, nor look for users.")
 def check(*, with_defaults: bool, no_import: bool, **given: Any) -> None:
     """Say what portico serve would run, and where each value comes from.
 
-    Imports the targets and loads the certificates, and opens no address.  What is printed is a file
-    with settings itself.
+    Imports the targets, loads the certificates and looks for the users and groups, and opens no
+    address.  What is printed is a file with settings itself.
     """
     with _refused():
         loader = Loader(options.sources(**given))
         loader.explaining(lambda: _verify(loader.load(), imports=not no_import))
     if loader.reading is not None:
+        for name in loader.reading.configuration.process.unused():
+            say(f"{name} has no use without workers")
         for line in outline(loader.reading, with_defaults=with_defaults):
             click.echo(line)
 
@@ -165,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: Always; with the exit status.
     """
+    console.complete()
     try:
         outcome = commands.main(arguments, prog_name="portico", standalone_mode=False)
         if callable(outcome):
@@ -207,10 +212,14 @@ def _verify(configuration: Configuration, *, imports: bool) -> None:
     Raises:
         PorticoError: It is not.
     """
+    process = configuration.process
+    if imports:  # whoever checks need not be able to become them
+        privileges.look_up(process.user, process.group)
     for each in configuration.services:
         load_certificates(each.settings)
         if not imports:
             continue
+        each.settings.socket_access()
         handler = target.load(each.target)
         for address in each.addresses:
             if not address.scheme.is_inherited:  # what is passed is not there yet
@@ -224,3 +233,8 @@ def _refused() -> Generator[None]:
         yield
     except PorticoError as error:
         raise Refusal(str(error)) from error
+    except OSError as error:
+        if error.errno not in {errno.EMFILE, errno.ENFILE}:
+            raise
+        expected = "a higher limit of descriptors (`ulimit -n`, LimitNOFILE= of systemd)"
+        raise Refusal(f"cannot open what is needed to serve: expected {expected}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from portico.address import Address
@@ -19,6 +19,10 @@ MOST_WORKERS: Final = 1024
 """Worker processes at the most: far above any machine, so that a larger number is a mistake."""
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+
+
+OF_WORKERS: Final = ("max_requests", "max_requests_jitter", "max_worker_memory", "worker_timeout")
+"""The settings that say when a worker is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,13 @@ class ProcessSettings:
         if self.workers == AUTO:
             return len(os.sched_getaffinity(0))
         return int(self.workers)
+
+    def unused(self) -> list[str]:
+        """Return the settings that have no use, since they are of workers and there are none."""
+        if self.workers is not None:
+            return []
+        own = [each for each in fields(self) if each.name in OF_WORKERS]
+        return [each.name for each in own if getattr(self, each.name) != each.default]
 
 
 @dataclass(frozen=True, kw_only=True)

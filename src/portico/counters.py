@@ -51,6 +51,9 @@ ROWS: Final = 2048
 STATIONS: Final = 64
 """Addresses at once, and one place for those that there were."""
 
+MOST_ADDRESSES: Final = STATIONS - 1
+"""Addresses at which all workers of a supervisor can count."""
+
 FORMER: Final = 0
 """The station of what was counted at addresses that are not served any more."""
 

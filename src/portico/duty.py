@@ -15,11 +15,11 @@ from typing import Final
 from portico import logs, systemd, target
 from portico.address import DescriptorAddress
 from portico.configuration import ProcessSettings, ServiceSettings
-from portico.console import say
+from portico.console import LogConsole, say
 from portico.counts import Counts
 from portico.errors import PorticoError, SettingError
 from portico.listener import expand, require_inherited, scheme_of
-from portico.logfile import LogFile
+from portico.logfile import LogFile, reopen_all
 from portico.opening import Opening
 from portico.service import Assignment
 from portico.settings import StrPath
@@ -107,7 +107,7 @@ def log_kept(settings: ProcessSettings) -> Generator[None]:
     if settings.log_file is not None:
         root.addHandler(_open_log(settings.log_file, form))
     else:
-        logging.basicConfig(format=form)
+        logging.basicConfig(format=form, handlers=[LogConsole()])
     ours = [handler for handler in root.handlers if handler not in before]
     _kept.extend(ours)
     logging.getLogger("portico").setLevel(settings.log_level.upper())
@@ -134,6 +134,16 @@ def forget_logs() -> None:
         logging.getLogger().removeHandler(handler)
         handler.close()
     _kept.clear()
+
+
+def reopen_log() -> None:
+    """Open the log files again, and say so; or why not."""
+    try:
+        reopen_all()
+    except OSError as error:
+        say(f"cannot open the log again: {error}")
+    else:
+        say("has opened its log again")
 
 
 def _open_log(path: StrPath, form: str) -> LogFile:

@@ -20,10 +20,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Final, NamedTuple, NoReturn
 
 from portico import privileges
@@ -31,7 +32,7 @@ from portico.changes import folders_of, places_of
 from portico.configuration import Configuration, ServiceSettings
 from portico.console import say
 from portico.descriptors import raise_descriptor_limit
-from portico.duty import assign, logged, report
+from portico.duty import assign, logged, reopen_log, report, say_counts
 from portico.errors import PorticoError
 from portico.handover import said_end
 from portico.listener import OpenListener
@@ -46,9 +47,12 @@ what became of the edit."""
 END_PATIENCE: Final = LONGEST_DRAIN + STOP_PATIENCE + 1.0
 """Seconds until a process that was told to end is ended, whatever it does."""
 
-OF_THE_PARENT: Final = (signal.SIGINT, signal.SIGHUP)
-"""Signals of the terminal, which sends them to all processes: the parent hears them, and sends
-SIGTERM."""
+OF_THE_PARENT: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+"""Signals that the parent hears.  Those of the terminal come to all processes: to stop, the parent
+sends SIGTERM."""
+
+REOPEN_SIGNAL: Final = signal.SIGUSR1
+"""Has the log opened again, and said what was counted; the parent passes it on."""
 
 
 class Edition:
@@ -106,6 +110,10 @@ class Edition:
         """Have it end at once."""
         self._signal(INTERRUPT_SIGNAL)
 
+    def reopen(self) -> None:
+        """Have it open its log again, and say what it has counted; as soon as it serves."""
+        self._signal(REOPEN_SIGNAL)
+
     def kill(self) -> None:
         """Have the system end it."""
         self._signal(signal.SIGKILL)
@@ -155,13 +163,14 @@ def _live(
 ) -> NoReturn:
     """Be the child: serve, and end the process."""
     status = FAILED
+    asked: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
     try:
         os.close(pipes.life)
-        _settle_signals()
+        _settle_signals(asked)
         threading.Thread(
             target=_end_after, args=(pipes.parent,), name="parent's ear", daemon=True
         ).start()
-        _serve(configuration, services, listeners, pipes.writer)
+        _serve(configuration, services, listeners, pipes.writer, asked)
         status = 0
     except PorticoError as error:
         say(f"error: {' '.join(str(error).split())}")
@@ -172,8 +181,8 @@ def _live(
         leave(status)
 
 
-def _settle_signals() -> None:
-    """Hear SIGTERM, and nothing that is for the parent."""
+def _settle_signals(asked: SimpleQueue[int]) -> None:
+    """Hear SIGTERM, and nothing that is for the parent; note what is to be done when it serves."""
     signal.set_wakeup_fd(-1)  # the parent's
     for number in OF_THE_PARENT:
         # A handler that does nothing, since programs that are started here would inherit SIG_IGN.
@@ -181,7 +190,12 @@ def _settle_signals() -> None:
             signal.signal(number, do_nothing)
     for ending in (signal.SIGTERM, INTERRUPT_SIGNAL, signal.SIGCHLD):
         signal.signal(ending, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*OF_THE_PARENT, signal.SIGTERM})
+    _note_reopening(asked)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*OF_THE_PARENT, signal.SIGTERM, REOPEN_SIGNAL})
+
+
+def _note_reopening(asked: SimpleQueue[int]) -> None:
+    signal.signal(REOPEN_SIGNAL, lambda number, _: asked.put(number))
 
 
 def _end_after(parent: int) -> None:
@@ -198,6 +212,7 @@ def _serve(
     services: Sequence[ServiceSettings],
     listeners: Sequence[OpenListener],
     writer: int,
+    asked: SimpleQueue[int],
 ) -> None:
     """Import the program, and serve until SIGTERM.
 
@@ -223,8 +238,26 @@ def _serve(
             for bound in serving.addresses:
                 say(f"ready on {bound}")
             started = time.monotonic()
-            tallies = serving.run()
+            with _reopening(serving, asked):
+                tallies = serving.run()
             report(tallies, time.monotonic() - started)
+
+
+@contextmanager
+def _reopening(serving: Service, asked: SimpleQueue[int]) -> Generator[None]:
+    """Open the log again when that is asked for, in a thread beside those that serve."""
+
+    def obey() -> None:
+        while asked.get():
+            reopen_log()
+            say_counts(serving.counts())
+
+    _note_reopening(asked)  # again: the target may have taken the signal for itself
+    threading.Thread(target=obey, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        asked.put(0)
 
 
 def _hurried(service: ServiceSettings) -> ServiceSettings:

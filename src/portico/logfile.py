@@ -3,14 +3,15 @@
 Owns the file and its mode.  Leaves the lines to `logging`, and when to open it again to whoever
 hears the signal.
 
-Source: logrotate(8), ``postrotate``: the file is renamed, and the program is told to open another
-one; until it does, it writes to the renamed one, so that nothing is lost.
+Sources: logrotate(8), ``postrotate``: the file is renamed, and the program is told to open another
+one; until it does, it writes to the renamed one, so that nothing is lost.  fifo(7).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Final
 
@@ -35,7 +36,8 @@ class LogFile(logging.FileHandler):
     def reopen(self) -> None:
         """Open the file again, wherever the one went that was open.  Callable from any thread.
 
-        If that fails, it writes on to the one that is open.
+        If that fails, it writes on to the one that is open.  What a full disk has not taken of
+        that one is lost.
 
         Raises:
             OSError: The file cannot be opened.
@@ -43,11 +45,19 @@ class LogFile(logging.FileHandler):
         opened = self._open()
         self.acquire()
         try:
-            before = self.setStream(opened)
+            # Not by `setStream`: it flushes the earlier one first, and a full disk would keep the
+            # log.
+            before, self.stream = self.stream, opened
         finally:
             self.release()
         if before is not None:
-            before.close()
+            with suppress(OSError):
+                before.close()
+
+    def close(self) -> None:
+        """Close the file.  What a full disk has not taken of it is lost."""
+        with suppress(OSError):
+            super().close()
 
     def _open(self) -> TextIOWrapper:
         return open(  # the handler closes it
@@ -73,4 +83,7 @@ def reopen_all() -> None:
 
 
 def _open_narrow(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_APPEND, FILE_MODE)
+    # For a FIFO that nobody reads, which is an error then: else it would wait for a reader.
+    opened = os.open(path, flags | os.O_CLOEXEC | os.O_APPEND | os.O_NONBLOCK, FILE_MODE)
+    os.set_blocking(opened, True)
+    return opened

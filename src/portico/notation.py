@@ -4,7 +4,8 @@ Owns the forms of values, what TOML and a text have in place of ``None`` and of 
 for what would be right.  Which form a setting has follows from its type.  Leaves ranges to
 `portico.settings` and `portico.configuration`.
 
-Sources: TOML 1.0 (it has no null); IEC 80000-13 (what KiB, MiB and GiB are).
+Sources: TOML 1.0 (it has no null, and whole numbers of 64 bits); IEC 80000-13 (what KiB, MiB and
+GiB are).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from enum import Enum
+from math import isfinite
 from os import PathLike
 from types import MappingProxyType, UnionType
 from typing import Any, Final, Union, cast, get_args, get_origin, get_type_hints
@@ -142,6 +144,8 @@ def in_toml(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {in_toml(each)}" for key, each in table.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(in_toml, cast('Sequence[object]', value)))}]"
+    if isinstance(value, int) and not _is_short(value):
+        return hex(value)  # Python writes as many digits of this as there are
     return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
@@ -165,8 +169,13 @@ def _reason(error: ValueError, value: object, expected: str) -> tuple[object, st
 # ------------------------------------------------------------------------------- the kinds of value
 
 
+def _is_short(number: int) -> bool:
+    """Say whether a number is one that TOML knows: of 64 bits, and not of any length."""
+    return -(1 << 63) <= number < 1 << 63
+
+
 def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or not _is_short(value):
         raise ValueError
     return value
 
@@ -174,13 +183,11 @@ def _whole(value: object) -> int:
 def _whole_of_text(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise ValueError
-    return int(text)
+    return _whole(int(text))
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError
-    return value
+    return value if isinstance(value, float) else _whole(value)
 
 
 def _size(value: object) -> int:
@@ -191,7 +198,10 @@ def _size_of_text(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in UNITS:
         raise ValueError
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    size = float(match[1]) * UNITS[match[2].lower()]
+    if not isfinite(size):
+        raise ValueError
+    return _whole(int(size))
 
 
 def _text(value: object) -> str:

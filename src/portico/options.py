@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -21,7 +22,7 @@ from portico.gate import WhenFull
 from portico.layers import Given, Layer, Origin, Source
 from portico.notation import NONE, NOTATIONS, NotationError
 from portico.settings import CLIENT_CERTIFICATES, Settings
-from portico.sources import Sources
+from portico.sources import ConfigurationError, Sources
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -170,7 +171,8 @@ def sources(
 
     Raises:
         click.UsageError: There is a target, and nowhere to serve it.
-        PorticoError: An option, the target or an address cannot be read.
+        PorticoError: An option, the target or an address cannot be read, or the current directory
+            was removed.
     """
     values = layer(given)  # first: nothing of the target's has run yet
     if target_name is not None:
@@ -181,12 +183,25 @@ def sources(
         served = {"target": target_name, "addresses": tuple(map(address.parse, address_texts))}
         values |= {name: _of_argument(name, value) for name, value in served.items()}
     return Sources(
-        directory=Directory.current().path,
+        directory=_here(),
         config=config,
         variables=os.environ,
         options=Layer(values),
         services=services,
     )
+
+
+def _here() -> Path:
+    """Return the current directory.
+
+    Raises:
+        ConfigurationError: It was removed.
+    """
+    try:
+        return Directory.current().path
+    except FileNotFoundError:
+        reason = "the current directory was removed: expected to be started in one that is there"
+        raise ConfigurationError(reason) from None
 
 
 def layer(options: Mapping[str, Any]) -> dict[str, Given]:

@@ -184,6 +184,17 @@ class PidFile:
                 os.ftruncate(self._descriptor, 0)
 
 
+def holder(path: Path) -> int | None:
+    """Return the process whose number is in a file, if it is alive and has written it.
+
+    Raises:
+        PidFileError: There is something else.
+        OSError: It cannot be looked at.
+    """
+    found = _read(path)
+    return found if found is not None and _has_written(found, path) else None
+
+
 def _is_open_on(descriptor: int, path: Path) -> bool:
     """Say whether a descriptor is open on the very file that has a path."""
     with suppress(OSError):

@@ -63,6 +63,18 @@ def find(user: str | int | None, group: str | int | None) -> Identity | None:
         SettingError: There is no such user or group.
         PrivilegeError: This process is neither root nor them.
     """
+    wanted = look_up(user, group)
+    if wanted is not None and os.geteuid() != 0 and not _is(wanted):
+        raise PrivilegeError(f"cannot become {wanted}: only root can, and this is {_name_here()}")
+    return wanted
+
+
+def look_up(user: str | int | None, group: str | int | None) -> Identity | None:
+    """Find who is meant, whether this process can become them or not; see `find`.
+
+    Raises:
+        SettingError: There is no such user or group.
+    """
     if user is None:
         if group is None:
             return None
@@ -76,10 +88,7 @@ def find(user: str | int | None, group: str | int | None) -> Identity | None:
     words = ", ".join(
         f"{kind} {name}" for kind, name in (("user", user), ("group", group)) if name is not None
     )
-    wanted = Identity(uid, gid, groups, words)
-    if os.geteuid() != 0 and not _is(wanted):
-        raise PrivilegeError(f"cannot become {wanted}: only root can, and this is {_name_here()}")
-    return wanted
+    return Identity(uid, gid, groups, words)
 
 
 def drop(identity: Identity | None) -> None:

@@ -36,6 +36,9 @@ WAITING: Final = "waiting for a change"
 STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end it; the last is that of a terminal which is closed."""
 
+OBEYED: Final = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that do something else."""
+
 Files: TypeAlias = Callable[[], Iterable[str | os.PathLike[str]]]
 
 
@@ -79,6 +82,7 @@ class Reloader:
         self._folders: set[Path] = set()
         self._child: Edition | None = None
         self._stops = 0
+        self._asked: list[int] = []  # only a signal handler appends
         self._workers: int | Auto | None = None  # as they were set when it was said
         self._wakeup = Wakeup()
 
@@ -172,11 +176,11 @@ class Reloader:
         for watch in self._watches:
             watch.changed()
         # No signal before the child has handlers of its own: it would run those of its parent.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPPING, *OBEYED})
         try:
             self._child = Edition(configuration, expanded(configuration.services), self._used)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOPPING, *OBEYED})
 
     def _wait_for_change(self) -> None:
         """Wait for a change, or a signal to stop; says meanwhile if the child ends."""
@@ -216,7 +220,7 @@ class Reloader:
     # --- waiting ------------------------------------------------------------------------
 
     def _poll(self, timeout: float | None = None, *, watching: bool = True) -> None:
-        """Wait until something happens."""
+        """Wait until something happens; do what signals ask for but to stop."""
         poll = select.poll()
         poll.register(self._wakeup, select.POLLIN)
         if watching:
@@ -226,16 +230,27 @@ class Reloader:
                 poll.register(self._child, select.POLLIN)
         poll.poll(None if timeout is None else timeout * 1000)
         self._wakeup.clear()
+        while self._asked:
+            self._obey(self._asked.pop(0))
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGUSR2:
+            say("SIGUSR2 changes nothing: --reload does not hand over")
+        elif self._child is not None:  # nobody else has a log
+            self._child.reopen()
 
     @contextmanager
     def _signalled(self) -> Generator[None]:
         """Be told of signals while the block runs."""
 
         def note(number: int, _: FrameType | None) -> None:
-            self._stops += number != signal.SIGCHLD
+            if number in OBEYED:
+                self._asked.append(number)
+            else:
+                self._stops += number != signal.SIGCHLD
             self._wakeup.wake()
 
-        heard = [*STOPPING, signal.SIGCHLD]
+        heard = [*STOPPING, *OBEYED, signal.SIGCHLD]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup arranges it
             heard.remove(signal.SIGHUP)
         before = {number: signal.signal(number, note) for number in heard}

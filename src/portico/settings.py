@@ -433,9 +433,17 @@ def _check_limit(name: str, value: Any) -> None:
 def _check_number(name: str, value: object) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_float(value):
         unit = "bytes a second" if name == "minimum_rate" else "seconds"
         raise SettingError(name, value, f"a number of {unit}, or None for no limit")
+
+
+def _is_float(value: float) -> bool:
+    """Say whether a number is one of those that can be reckoned with."""
+    try:
+        return not isnan(value)
+    except OverflowError:  # a whole number above them all
+        return False
 
 
 def _is_within(value: Any, most: int) -> bool:

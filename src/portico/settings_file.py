@@ -12,14 +12,14 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
 from portico import target
-from portico.address import Address, UnixAddress
-from portico.errors import PorticoError
+from portico.address import Address, UnixAddress, parse
+from portico.errors import AddressError, PorticoError
 from portico.layers import Given, Layer, Origin, Source
 from portico.notation import NOTATIONS, OF_PROCESS, OF_SERVICE, Form, NotationError, in_toml
 
@@ -171,14 +171,20 @@ class SettingsFile:
             notation = NOTATIONS[name]
             origin = self._origin(where, is_general=is_general)
             try:
-                value = notation.from_toml(written)
+                value = self._placed(notation.form, notation.from_toml(written))
             except NotationError as error:
                 origin.refuse(name, error.value, error.expected)
-            values[name] = Given(self._placed(notation.form, value), written, origin)
+            except AddressError as error:  # of one with its folder before it
+                origin.refuse(name, error.address, error.expected)
+            values[name] = Given(value, written, origin)
         return values
 
     def _placed(self, form: Form, value: Any) -> object:
-        """Return a value with its paths as they are from the current directory."""
+        """Return a value with its paths as they are from the current directory.
+
+        Raises:
+            AddressError: With the folder before it, the path of a Unix socket is none any more.
+        """
         if value is None or not self.folder:
             return value
         if form is Form.PATH:
@@ -196,7 +202,11 @@ class SettingsFile:
     def _address(self, address: Address) -> Address:
         if not isinstance(address, UnixAddress) or address.is_abstract:
             return address
-        return replace(address, path=self._path(address.path))
+        path = self._path(address.path)
+        # Read again, since it is longer now.  A folder may begin with what means something else in
+        # an address: an abstract name, or a host.
+        path = f"./{path}" if path.startswith("@") else re.sub("^/+", "/", path)
+        return parse(f"{address.scheme}:{path}")
 
     def _origin(self, where: tuple[str, ...], *, is_general: bool = True) -> Origin:
         return Origin(Source.FILE, _key(*where), self.shown, is_general)

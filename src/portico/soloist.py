@@ -27,11 +27,10 @@ from portico.configuration import Configuration
 from portico.console import say
 from portico.descriptors import raise_descriptor_limit
 from portico.directory import Directory
-from portico.duty import assign, expanded, logged, openings, report, say_counts
+from portico.duty import assign, expanded, logged, openings, reopen_log, report, say_counts
 from portico.handover import LONGEST_WAIT, Heritage
 from portico.listener import OpenListener
 from portico.listeners import Listeners
-from portico.logfile import reopen_all
 from portico.service import STOP_PATIENCE, STOP_SIGNALS, Service
 from portico.succession import Succession
 from portico.systemd import Notifier
@@ -209,7 +208,7 @@ class Soloist:
                 _renew_certificates(serving)
                 self._notifier.ready(ready_on(serving.addresses))
             case signal.SIGUSR1:
-                _reopen()
+                reopen_log()
                 say_counts(serving.counts())
             case signal.SIGUSR2 if not serving.is_stopping:
                 self._succession.begin(pairs, self._configuration.process)
@@ -240,12 +239,3 @@ def _renew_certificates(serving: Service) -> None:
         say("has read its certificates again; for other code and settings it needs workers")
     else:
         say("keeps the earlier certificates; for other code and settings it needs workers")
-
-
-def _reopen() -> None:
-    try:
-        reopen_all()
-    except OSError as error:
-        say(f"cannot open the log again: {error}")
-    else:
-        say("has opened its log again")

@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn
 from portico import environment
 from portico.address import parse
 from portico.configuration import Configuration, ProcessSettings, ServiceSettings
+from portico.counters import MOST_ADDRESSES
 from portico.errors import CertificateError, PorticoError, SettingError
 from portico.layers import (
     Given,
@@ -114,6 +115,7 @@ class Sources:
             _service(name, values, places.get(name) or self._place(file))
             for name, values in merged.services.items()
         )
+        _check_number(process, services)
         read = SourcedConfiguration(Configuration(process=process, services=services), merged, file)
         # So that a worker, too, can say where a value stands that it cannot use.
         return replace(read, configuration=replace(read.configuration, explain=read.explained))
@@ -178,6 +180,15 @@ def _check_addresses(layers: Iterable[Layer], services: Sequence[str]) -> None:
         if given is not None:
             where = f"it in each table of {', '.join(services)}, since an address has one service"
             given.origin.refuse("addresses", given.written, where)
+
+
+def _check_number(process: ProcessSettings, services: Iterable[ServiceSettings]) -> None:
+    """Make sure that workers have a place to count in for each address."""
+    count = sum(len(each.addresses) for each in services)
+    if process.workers is not None and count > MOST_ADDRESSES:
+        raise ConfigurationError(
+            f"{count} addresses: expected {MOST_ADDRESSES} at the most with workers"
+        )
 
 
 # ------------------------------------------------------------------------------------- the result

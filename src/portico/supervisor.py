@@ -26,11 +26,10 @@ from portico.console import say
 from portico.counters import Counters
 from portico.descriptors import raise_descriptor_limit
 from portico.directory import Directory, DirectoryError
-from portico.duty import counted, described, expanded, log_kept, openings, say_counts
+from portico.duty import counted, described, expanded, log_kept, openings, reopen_log, say_counts
 from portico.errors import PorticoError
 from portico.handover import LONGEST_WAIT, Heritage
 from portico.listeners import Listeners
-from portico.logfile import reopen_all
 from portico.opening import station_names
 from portico.service import STOP_PATIENCE
 from portico.signals import SignalPipe, Wish
@@ -272,7 +271,8 @@ class Supervisor:
             case signal.SIGHUP if self._stop is Stop.NOT:
                 self._reload()
             case signal.SIGUSR1:
-                self._reopen()
+                reopen_log()
+                self._workers.reopen_logs()
                 self._say_counts()
             case signal.SIGUSR2 if self._stop is Stop.NOT:
                 self._hand_over()
@@ -324,16 +324,6 @@ class Supervisor:
     def _failed_reload(self, reason: str) -> None:
         say(f"cannot reload, and serves as before: {reason}")
         self._notifier.ready(f"could not reload: {reason}")
-
-    def _reopen(self) -> None:
-        """Open the log files again, here and in every worker."""
-        try:
-            reopen_all()
-        except OSError as error:
-            say(f"cannot open the log again: {error}")
-        else:
-            say("has opened its log again")
-        self._workers.reopen_logs()
 
     def _say_counts(self) -> None:
         """Say what all workers have counted so far; in sum, where systemd shows it."""

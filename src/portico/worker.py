@@ -123,7 +123,7 @@ def leave(status: int) -> NoReturn:
     try:
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # closed, or nobody reads it
+            with suppress(AttributeError, OSError, ValueError):  # none, closed, or not read
                 stream.flush()
     finally:  # a handler of the program's logs may raise anything
         os._exit(status)

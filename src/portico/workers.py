@@ -316,7 +316,7 @@ class Workers:
             return Post(reading.configuration, lent, self.counters, row, count, theirs)
 
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
+            with suppress(AttributeError, OSError, ValueError):  # there may be none
                 stream.flush()  # or the child would write it again
         try:
             # No handler of ours may run in the child: it would write to our pipe.

@@ -47,6 +47,18 @@ def test_what_does_not_work_has_status_1(tmp_path: Path) -> None:
     assert "\nok " not in text
 
 
+def test_what_the_processes_need_is_looked_at(tmp_path: Path) -> None:
+    status, text = run(
+        *(HANDLER, f"unix:{tmp_path}/a.sock", "--max-connections", "10", "--quiet"),
+        *("--log-file", f"{tmp_path}/no/log", "--pid-file", f"{tmp_path}/no/pid"),
+        *("--socket-owner", "no-such-user"),
+    )
+    assert status == 1
+    assert text.count(f"/no/log: there is no directory {tmp_path}/no") == 1
+    assert text.count(f"/no/pid: there is no directory {tmp_path}/no") == 1
+    assert "fail  file: portico: socket_owner='no-such-user': expected" in text
+
+
 def test_a_file_of_several_services_is_looked_at_whole(tmp_path: Path) -> None:
     (tmp_path / "portico.toml").write_text(
         f"""

@@ -155,3 +155,23 @@ def test_a_host_without_an_address_is_refused() -> None:
 def test_what_is_open_already_is_not_looked_for() -> None:
     assert is_known(parse("unix:@a"))
     assert not is_known("systemd:web")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("tcp://:9321", "tcp://127.0.0.1:9321", True),
+        ("tcp://localhost:9321", "tls://127.0.0.1:9321", True),
+        ("unix:a", "unix:./a", True),
+        ("tcp://:9321", "udp://:9321", False),
+        ("tcp://127.0.0.1:9321", "tcp://127.0.0.2:9321", False),
+        ("tcp://:0", "tcp://127.0.0.1:0", False),
+        ("unix:a", "unix:b", False),
+        ("tcp://:9321", "tcp://no-such-host.invalid:9321", False),
+    ],
+)
+def test_two_addresses_may_be_one_place(one: str, other: str, *, expected: bool) -> None:
+    """Each can be had, and not both."""
+    facts = Facts(addresses=tuple(look_at(parse(each)) for each in (one, other)))
+    said = [each.found for each in network.addresses(facts, configured())]
+    assert any("are the same place" in each for each in said) is expected

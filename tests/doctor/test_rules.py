@@ -372,6 +372,13 @@ def test_files_that_cannot_be_used_fail() -> None:
 # ----------------------------------------------------------------------------------------- program
 
 
+def test_what_is_said_of_workers_is_said_to_some() -> None:
+    alone = configured(process=ProcessSettings(max_requests=5))
+    assert "max_requests = 5, and no workers" in only(program.workers(Facts(), alone), WARN).found
+    several = configured(process=ProcessSettings(max_requests=5, workers=2))
+    assert said(program.workers, Facts(), several) == []
+
+
 def test_whom_the_processes_become_is_there() -> None:
     missing = Facts(account=Account(words="nobody-here", problem="there is no such user"))
     assert said(program.account, missing, configured()) == [FAIL]

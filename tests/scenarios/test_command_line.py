@@ -442,6 +442,60 @@ def test_a_child_can_be_ended_without_the_server(tmp_path: Path) -> None:
         assert command.stop()[0] == 0
 
 
+@pytest.mark.parametrize("workers", ["none", "1"])
+def test_it_serves_though_nobody_reads_what_is_said(tmp_path: Path, workers: str) -> None:
+    """The reader of standard error has stopped: neither a client, nor a signal, waits for it."""
+    words = ["application:Echo", "tcp://127.0.0.1:0", "--log-level", "debug", "--workers", workers]
+    with serve(tmp_path, *words) as command:
+        with connect(command.addresses[0]) as client:
+            process = greeting(client)
+        stall(command.process)
+        if workers == "1":
+            os.kill(process, signal.SIGKILL)
+        with connect(command.addresses[0]) as client:
+            assert (greeting(client) == process) is (workers == "none")
+        command.process.terminate()
+        assert command.process.wait(30) == 0
+
+
+def is_greeted(path: Path) -> bool:
+    """Say whether somebody serves at the path of a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client, suppress(FileNotFoundError, ConnectionError):
+        client.settimeout(30)
+        client.connect(str(path))
+        return greeting(client) > 0
+    return False
+
+
+def stall(process: subprocess.Popen[str]) -> None:
+    """Have the pipe full into which a process says something."""
+    error = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(error, b"." * select.PIPE_BUF)
+    os.close(error)
+
+
+@pytest.mark.parametrize("workers", ["none", "1"])
+@pytest.mark.parametrize("before", ["", "sys.stdout = sys.stderr = None\n"])
+def test_it_serves_without_a_terminal(tmp_path: Path, workers: str, before: str) -> None:
+    """The shell has closed all three, or the program has taken off what Python has of them."""
+    (tmp_path / "application.py").write_text(PROGRAM + before)
+    closed = "" if before else "<&- >&- 2>&-"
+    words = [*PORTICO, "serve", "application:Echo", "unix:here", "--workers", workers]
+    with subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *words],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            eventually(lambda: is_greeted(tmp_path / "here") or process.poll() is not None)
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
 def test_children_end_with_the_server(tmp_path: Path) -> None:
     arguments = ["application:Echo", "tcp://127.0.0.1:0", "--engine", "forks"]
     arguments += ["--drain-timeout", "0"]
@@ -634,6 +688,23 @@ def test_the_current_directory_is_left_out_where_python_leaves_it_out(tmp_path: 
     ended = run("serve", "application:Echo", "tcp://:0", folder=tmp_path, PYTHONSAFEPATH="1")
     assert ended.returncode == 2
     assert "there is no module 'application'" in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "doctor"])
+def test_a_current_directory_that_was_removed_gets_one_line(tmp_path: Path, command: str) -> None:
+    (tmp_path / "gone").mkdir()
+    words = [*PORTICO, command, "portico:BaseRequestHandler", "tcp://127.0.0.1:0"]
+    ended = subprocess.run(
+        ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh", *words],
+        cwd=tmp_path / "gone",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = "portico: error: the current directory was removed: expected to be started in one that"
+    assert ended.stderr.startswith(said)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "udp"])

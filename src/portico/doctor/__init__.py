@@ -1,7 +1,7 @@
 """Say what a machine and the settings really allow, with a remedy: ``portico doctor``.
 
-`examine` collects the facts (`machine`, `cgroups`, `papers`, `occupancy`, `trial`), and the rules
-(`rules`) say what follows from them.  Nothing is changed.
+`examine` collects the facts (`machine`, `cgroups`, `papers`, `occupancy`, `files`, `trial`), and
+the rules (`rules`) say what follows from them.  Nothing is changed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from portico.configuration import Configuration
-from portico.doctor import machine, occupancy, papers, trial
+from portico.doctor import files, machine, occupancy, papers, trial
 from portico.doctor.facts import Account, Facts, TargetFacts
 from portico.doctor.findings import Finding
 from portico.doctor.rules import Rule, capacity, network, program, tls
@@ -50,6 +50,8 @@ def collect(configuration: Configuration, request: TrialRequest | None = None) -
             for address in service.addresses
             if occupancy.is_known(address)
         ),
+        files=files.look_at(configuration.process, account),
+        owners=files.owner_problems(configuration),
         targets=_targets(configuration, request, account),
         packages=machine.read_packages(),
     )

@@ -2,7 +2,7 @@
 
 Owns the names of the facts.  Every one may be unknown (``None``), because a container hides some of
 its machine; a rule says nothing of what is not known.  Leaves reading them to `machine`, `papers`,
-`occupancy` and `probe`.
+`occupancy`, `files` and `probe`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from portico.address import Address
+from portico.place import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +164,36 @@ class Occupancy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AddressFacts:
-    """Whether an address can be had, and why not."""
+    """Whether an address can be had, and why not.
+
+    Attributes:
+        address: Which.
+        occupancy: Whether.
+        reason: Why not, or who has it.
+        place: Where it is; ``None`` if that is not known.
+    """
 
     address: Address
     occupancy: Occupancy
     reason: str = ""
+    place: Place | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """Whether a file can be had that a setting names.
+
+    Attributes:
+        setting: Which.
+        path: The file.
+        problem: Why not; empty if it can.
+        holder: Who has it, where one process alone may.
+    """
+
+    setting: str
+    path: str
+    problem: str = ""
+    holder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +253,8 @@ class Facts:
         account: Whom it becomes; ``None`` if it stays who it is.
         papers: For each service that has a certificate, by its name.
         addresses: For each address, in the order of the services.
+        files: Those that the processes have.
+        owners: What is wrong with the owners of Unix sockets, by the service; empty if nothing.
         targets: By the target.
         packages: Whether a package that portico can use is installed, by its name.
     """
@@ -236,5 +264,7 @@ class Facts:
     account: Account | None = None
     papers: Mapping[str, Papers] = field(default_factory=dict[str, Papers])
     addresses: tuple[AddressFacts, ...] = ()
+    files: tuple[FileFacts, ...] = ()
+    owners: Mapping[str, str] = field(default_factory=dict[str, str])
     targets: Mapping[str, TargetFacts] = field(default_factory=dict[str, TargetFacts])
     packages: Mapping[str, bool] = field(default_factory=dict[str, bool])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,12 @@ def look_at(address: Address) -> AddressFacts:
         place = resolve(address)
     except ListenerError as error:
         return AddressFacts(address, Occupancy.REFUSED, str(error))
+    return replace(_of_place(place), place=place)
+
+
+def _of_place(place: Place) -> AddressFacts:
+    """Say whether a socket could be bound there."""
+    address = place.address
     if place.path is not None and is_socket(place.path):
         return _of_file(place, place.path)
     try:

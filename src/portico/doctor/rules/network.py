@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Final
 
+from portico.address import InternetAddress
 from portico.configuration import Configuration
 from portico.doctor.facts import AddressFacts, Facts, Occupancy
 from portico.doctor.findings import Finding, fail, ok, warn
@@ -60,8 +62,26 @@ def addresses(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
                 "each address once",
                 "give it to one service",
             )
+    for one, other in combinations(facts.addresses, 2):
+        if str(one.address) != str(other.address) and _are_one_place(one, other):
+            yield fail(
+                "address",
+                f"{one.address} and {other.address} are the same place, or one is part of the "
+                "other",
+                "each place once",
+                "leave one of them out",
+            )
     for each in facts.addresses:
         yield _of_address(each)
+
+
+def _are_one_place(one: AddressFacts, other: AddressFacts) -> bool:
+    """Say whether two addresses cannot both be had, whoever else has them."""
+    if one.place is None or other.place is None:
+        return False
+    if isinstance(one.address, InternetAddress) and not one.address.port:
+        return False  # the system chooses
+    return one.place.overlaps(other.place)
 
 
 def _of_address(facts: AddressFacts) -> Finding:

@@ -31,6 +31,46 @@ def account(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
         yield ok("account", f"it becomes {found.words}")
 
 
+def workers(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether what is said of workers is said to some."""
+    for name in configuration.process.unused():
+        yield warn(
+            "workers",
+            f"{name} = {getattr(configuration.process, name)}, and no workers",
+            "workers, of which it says when one is replaced",
+            "set workers, or leave it out",
+        )
+
+
+def files(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
+    """Look whether the files of the processes can be had, and the owners of their sockets."""
+    for each in facts.files:
+        if each.problem:
+            yield fail(
+                "file",
+                f"{each.setting} = {each.path}: {each.problem}",
+                "a file that can be written",
+                "make the directory for it, or give it to the user of the service, or name another",
+            )
+        elif each.holder:
+            yield warn(
+                "file",
+                f"{each.holder} has {each.path} ({each.setting})",
+                "nobody, unless this is the service that is asked about",
+                "stop it before another one is started",
+            )
+        else:
+            yield ok("file", f"{each.path} ({each.setting}) can be written")
+    for service, problem in facts.owners.items():
+        if problem:
+            yield fail(
+                "file",
+                f"{service}: {problem}",
+                "a user and a group of this machine to own its Unix sockets",
+                "make them, or name others in socket_owner and socket_group",
+            )
+
+
 def targets(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
     """Look whether each handler can be imported, and what the trial has shown."""
     # Once for each: services may share a target, and mind different things of it if their engines
@@ -126,4 +166,4 @@ def packages(facts: Facts, configuration: Configuration) -> Iterator[Finding]:
             yield ok("packages", f"{package} (for {use}) {state}")
 
 
-RULES: Final = (account, targets, forks, packages)
+RULES: Final = (account, workers, files, targets, forks, packages)
