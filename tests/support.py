@@ -7,6 +7,7 @@ busy machine needs: no test depends on how long something takes.
 from __future__ import annotations
 
 import os
+import random
 import select
 import signal
 import socket
@@ -135,6 +136,21 @@ def not_forking() -> Iterator[None]:
     """
     with _forking:
         yield
+
+
+def port_of_nobody() -> int:
+    """Return a TCP port that is free, and that the system gives to nobody of its own accord.
+
+    For who closes a listener and opens another there: any connection of another process could have
+    got the port in between, if it were one of those.
+    """
+    while True:
+        port = random.randrange(10_000, 32_768)  # no secret; Linux begins above
+        try:
+            socket.create_server(("", port)).close()
+        except OSError:
+            continue
+        return port
 
 
 def connect(server: TCPServer) -> socket.socket:

@@ -247,7 +247,8 @@ def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> 
     (tmp_path / "app.py").write_text(ECHO)
     service = {"target": f"{tmp_path}/app.py:Echo", "addresses": [f"unix:{path}"], "settings": {}}
     process = {"workers": 2, "pid_file": str(pid_file)}
-    settings.write_text(json.dumps({"process": process, "services": [service]}))
+    told = {"process": process, "services": [service], "same_wish": 0.0}
+    settings.write_text(json.dumps(told))
     ended = run_program(SIGNALLED, *map(str, (settings, path, pid_file)))
     assert ended.returncode == 0, ended.stderr
     assert "stops (SIGTERM)" in ended.stderr
