@@ -61,7 +61,7 @@ def test_everybody_may_read_it_whatever_the_umask_is(path: Path) -> None:
 def test_without_a_path_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with PidFile(None) as held:
-        held.hand_over(1)
+        held.hand_over(1, str(tmp_path / "pid"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,15 +214,35 @@ def test_where_it_may_not_be_removed_any_more_it_is_emptied(
 def test_a_file_that_was_handed_over_is_the_successors(path: Path) -> None:
     with another_process() as pid:
         with PidFile(path) as held:
-            held.hand_over(pid)
+            held.hand_over(pid, str(path))
             assert path.read_text() == f"{pid}\n"
         assert path.read_text() == f"{pid}\n"
+
+
+def test_a_file_is_handed_over_whatever_its_name_is_to_the_successor(path: Path) -> None:
+    link = path.parent / "link"
+    link.symlink_to(path.parent)
+    with PidFile(path) as held:
+        held.hand_over(2, str(link / path.name))
+        assert path.read_text() == "2\n"
+
+
+@pytest.mark.parametrize("other", ["other", None])
+def test_a_file_that_the_successor_has_not_is_removed(path: Path, other: str | None) -> None:
+    """Nobody else would, and its number may be a stranger's some day."""
+    elsewhere = None if other is None else path.with_name(other)
+    if elsewhere is not None:
+        elsewhere.write_text("2\n")
+    with PidFile(path) as held:
+        held.hand_over(2, None if elsewhere is None else str(elsewhere))
+        assert not path.exists()
+    assert elsewhere is None or elsewhere.read_text() == "2\n"
 
 
 def test_a_file_that_is_another_process_is_not_handed_over(path: Path) -> None:
     with PidFile(path) as held:
         path.write_text("1\n")
-        held.hand_over(2)
+        held.hand_over(2, str(path))
         assert path.read_text() == "1\n"
 
 
@@ -233,7 +253,7 @@ def test_a_refusal_to_hand_over_is_said(path: Path, monkeypatch: pytest.MonkeyPa
     with PidFile(path) as held:
         monkeypatch.setattr(os, "pwrite", refuse)
         with pytest.raises(PidFileError, match="disk full"):
-            held.hand_over(2)
+            held.hand_over(2, str(path))
 
 
 def test_a_successor_waits_for_the_file_and_removes_it_at_its_end(path: Path) -> None:
@@ -256,7 +276,7 @@ def test_a_successor_that_ends_first_leaves_the_file(path: Path) -> None:
 def test_a_successor_may_find_the_file_handed_over_already(path: Path) -> None:
     path.write_text(f"{os.getpid()}\n")
     with PidFile(path, predecessor=1) as held:
-        held.hand_over(2)
+        held.hand_over(2, str(path))
         assert path.read_text() == "2\n"
 
 
@@ -291,7 +311,7 @@ def test_a_successor_writes_by_the_descriptor_that_it_has_inherited(
         monkeypatch.setattr(os, "open", narrow)
         held.take_over()
         assert path.read_text() == f"{os.getpid()}\n"
-        held.hand_over(7)
+        held.hand_over(7, str(path))
         assert path.read_text() == "7\n"
 
 

@@ -39,7 +39,7 @@ def test_a_predecessor_is_told_once_that_it_can_go() -> None:
         assert heir.take_over()
         assert (before, heir.predecessor) == (4711, None)
         assert not heir.take_over()
-        assert ours.receive() == [{"kind": "serving", "listeners": []}]
+        assert ours.receive() == [{"kind": "serving", "listeners": [], "pid_file": None}]
         ours.close()
 
 

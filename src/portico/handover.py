@@ -175,6 +175,7 @@ class Heir:
         channel: To it.
         deadline: The instant at which it is killed, if it does not serve by then.
         taken: The addresses of the listeners that it has taken, since it serves; ``None`` before.
+        pid_file: Where its pid file is; ``None`` if it has none, and before it serves.
         end: How it has ended instead, in words; empty before.
     """
 
@@ -182,6 +183,7 @@ class Heir:
     channel: Channel
     deadline: float = inf
     taken: list[str] | None = None
+    pid_file: str | None = None
     end: str = ""
     _overdue: str = "it did not serve in time"
     _killed_for: str = ""
@@ -228,6 +230,7 @@ class Heir:
         for message in messages or ():
             if message["kind"] == "serving":
                 self.taken = list(message.get("listeners", ()))
+                self.pid_file = message.get("pid_file")
         if messages is None:
             # It ends, or else nobody will ever hear that it serves.
             self._is_silent = True

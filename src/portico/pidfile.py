@@ -55,6 +55,11 @@ class PidFile:
         self._process = os.getpid()
 
     @property
+    def path(self) -> str | None:
+        """Where the file is; ``None`` if there is none."""
+        return None if self._path is None else str(self._path)
+
+    @property
     def descriptor(self) -> int | None:
         """What a successor is to inherit; ``None`` if there is no file."""
         return self._descriptor
@@ -87,10 +92,8 @@ class PidFile:
         trace: TracebackType | None,
     ) -> None:
         """Remove the file, if it still holds the number of this process."""
-        if self._path is not None and os.getpid() == self._process:  # not in a child
-            with suppress(OSError), alone_in(self._path.parent):
-                if _read(self._path) == self._process:
-                    self._remove(self._path)
+        if os.getpid() == self._process:  # not in a child
+            self._remove_own()
         self.close()
 
     def close(self) -> None:
@@ -113,15 +116,23 @@ class PidFile:
         if self._predecessor is not None:
             self._exchange(self._predecessor, self._process)
 
-    def hand_over(self, pid: int) -> None:
+    def hand_over(self, pid: int, path: str | None) -> None:
         """Write the number of another process into the file, which is that one's from now on.
 
-        Nothing is done if it has taken the file over already.
+        Nothing is done if it has taken the file over already.  If it has another file, or none,
+        this one is removed: nobody else would.
+
+        Args:
+            pid: The other process.
+            path: Where its file is; ``None`` if it has none.
 
         Raises:
             PidFileError: The system refuses.
         """
-        self._exchange(self._process, pid)
+        if self._path is None or (path is not None and _are_one(self._path, Path(path))):
+            self._exchange(self._process, pid)
+            return
+        self._remove_own()
 
     def _exchange(self, before: int, after: int) -> None:
         """Write a number over another one, if it is there."""
@@ -175,6 +186,13 @@ class PidFile:
         os.pwrite(self._descriptor, text, 0)
         os.ftruncate(self._descriptor, len(text))
 
+    def _remove_own(self) -> None:
+        """Remove the file, if it still holds the number of this process."""
+        if self._path is not None:
+            with suppress(OSError), alone_in(self._path.parent):
+                if _read(self._path) == self._process:
+                    self._remove(self._path)
+
     def _remove(self, path: Path) -> None:
         """Remove the file, or empty it where this process may not change the directory any more."""
         try:
@@ -193,6 +211,13 @@ def holder(path: Path) -> int | None:
     """
     found = _read(path)
     return found if found is not None and _has_written(found, path) else None
+
+
+def _are_one(path: Path, other: Path) -> bool:
+    """Say whether two names are one file's."""
+    with suppress(OSError):
+        return path.samefile(other)
+    return path == other
 
 
 def _is_open_on(descriptor: int, path: Path) -> bool:

@@ -111,7 +111,8 @@ class Succession:
         if heritage is None:
             return False
         attempt(self._pid_file.take_over)
-        heritage.channel.send("serving", listeners=self._listeners.take_over())
+        taken, pid_file = self._listeners.take_over(), self._pid_file.path
+        heritage.channel.send("serving", listeners=taken, pid_file=pid_file)
         heritage.channel.close()
         return True
 
@@ -200,7 +201,7 @@ class Succession:
             return False
         heir.channel.close()  # it has said all
         self.handed = self._listeners.hand_over(heir.taken)
-        attempt(lambda: self._pid_file.hand_over(heir.process))
+        attempt(lambda: self._pid_file.hand_over(heir.process, heir.pid_file))
         self._notifier.main_process(heir.process)
         say(f"leaves everything to process {heir.process}")
         return True
