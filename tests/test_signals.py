@@ -53,3 +53,17 @@ def test_a_signal_of_its_own_is_none_of_those_that_tell_of_the_wish(
     wish = Wish()
     wish.leave_out_one()
     assert [wish.comes_again() for _ in range(3)] == [False, False, True]
+
+
+def test_the_time_of_a_wish_may_begin_when_the_first_signal_was_obeyed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 5.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    wish = Wish()
+    assert not wish.comes_again()
+    now += 2 * SAME_WISH
+    wish.settle()
+    assert not wish.comes_again()
+    now += SAME_WISH
+    assert wish.comes_again()

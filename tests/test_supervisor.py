@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from portico.configuration import Configuration, ProcessSettings
+from portico.signals import SAME_WISH
 from portico.supervision import Generation, Stage, Stop, Worker, note_end
 from portico.supervisor import Supervisor
 from portico.systemd import Notifier
@@ -255,6 +256,28 @@ def test_a_signal_before_anything_is_started_leaves_no_files(tmp_path: Path) -> 
     assert "worker" not in ended.stderr
     assert not path.exists()
     assert not pid_file.exists()
+
+
+def test_signals_that_come_while_the_end_is_said_are_one_wish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever reads what is said may take his time."""
+    now = 5.0
+    configuration = Configuration(process=ProcessSettings(workers=2), services=())
+    supervisor = Supervisor(lambda: configuration, configuration, Notifier.take({}))
+
+    def say_slowly(_: str) -> None:
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("portico.supervisor.say", say_slowly)
+    stops = []
+    for _ in range(3):
+        supervisor._end("SIGTERM")
+        stops.append(supervisor._stop)
+        now += 0.6 * SAME_WISH
+    assert stops == [Stop.DRAIN, Stop.DRAIN, Stop.NOW]
 
 
 def test_when_another_worker_starts_is_said_once_and_not_of_one_that_went_as_asked(

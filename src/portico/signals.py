@@ -98,6 +98,13 @@ class Wish:
             return False
         return now - self._since >= SAME_WISH
 
+    def settle(self) -> None:
+        """Have the time begin only here, for who heard no other signal while it obeyed the first.
+
+        What it says then may have to wait for whoever listens.
+        """
+        self._since = time.monotonic()
+
 
 def do_nothing(number: int, frame: FrameType | None) -> None:
     """Handle a signal that has done its work when it has ended a wait, or that is ignored.

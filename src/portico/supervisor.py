@@ -302,6 +302,7 @@ class Supervisor:
             within = None if generation is None else generation.limits.drain_timeout
             self._notifier.stopping("draining", within=within)
             self._succession.stop()
+        self._wish_to_end.settle()
 
     def _reload(self) -> None:
         """Read the configuration and start workers with it; after the reload that is under way."""
