@@ -136,8 +136,31 @@ def test_a_piece_ends_with_a_line_and_is_what_a_pipe_takes_whole() -> None:
     pieces = list(console._pieces("".join(lines)))
     assert "".join(pieces) == "".join(lines)
     assert all(piece.endswith("\n") for piece in pieces)
+    assert len(pieces) > 1
     assert max(map(len, pieces)) <= LONGEST_PIECE
-    assert len(("\N{CAT FACE}" * LONGEST_PIECE).encode()) <= select.PIPE_BUF
+    assert len(("\N{CAT FACE}" * console.SHORT).encode()) <= LONGEST_PIECE
+
+
+@pytest.mark.parametrize("character", ["x", "\N{SNOWMAN}"])
+def test_what_a_pipe_takes_whole_is_one_piece(character: str) -> None:
+    """Whoever writes to the same pipe writes before it or after it."""
+    text = character * (LONGEST_PIECE // len(character.encode()) - 1) + "\n"
+    assert list(console._pieces(text)) == [text]
+
+
+def test_what_broke_off_ends_its_line_before_anything_else_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with listening() as reader:
+        taken = iter([True, False])
+        with monkeypatch.context() as patch:
+            patch.setattr(console, "_has_room", lambda _: next(taken))
+            say("x" * 2 * LONGEST_PIECE)
+        say("two")
+        first, told, second = reader.read().splitlines()
+        assert first.rstrip("x") == "portico: "
+        assert "1 line was dropped" in told
+        assert second == "portico: two"
 
 
 def test_where_there_is_no_standard_error_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,12 @@ PATIENCE: Final = 0.25
 It may be the supervisor that speaks, and meanwhile nobody sees to its workers, nor hears a signal:
 a reader that has stopped for good costs this once, and each later line nothing."""
 
-LONGEST_PIECE: Final = select.PIPE_BUF // 4
-"""Characters that are written at once; in UTF-8 they are no more bytes than a pipe takes whole."""
+LONGEST_PIECE: Final = select.PIPE_BUF
+"""Bytes that are written at once: a pipe takes so many whole, or not at all, whoever writes there
+too."""
+
+SHORT: Final = LONGEST_PIECE // 4
+"""Characters that are never more bytes, in UTF-8."""
 
 
 def complete() -> None:
@@ -52,7 +56,12 @@ def say(text: str) -> None:
     to stop, and one that takes nothing more none to wait: the line is dropped, and the next one
     that is taken is introduced by how many were.
     """
-    _put(sys.stderr, f"portico: {text}\n")
+    show(f"portico: {text}\n")
+
+
+def show(text: str) -> None:
+    """Write a text, such as a traceback, to standard error as it is; as `say` otherwise."""
+    _put(sys.stderr, text)
 
 
 class LogConsole(logging.StreamHandler[TextIO]):
@@ -73,12 +82,15 @@ def _put(stream: TextIO | None, text: str) -> None:
     """Write a text, unless nobody takes it."""
     if stream is None:  # closed when the interpreter started, or taken off by the program
         return
+    written = ""
     try:
         _lost.tell(stream)
         for piece in _pieces(text):
             _write(stream, piece)
+            written = piece
     except BlockingIOError:
         _lost.count += 1
+        _lost.breaks_off |= written != ""
     except (OSError, ValueError):  # nobody reads it any more, or it is closed
         pass
 
@@ -92,11 +104,13 @@ class Lost:
 
     def __init__(self) -> None:
         self.count = 0
+        self.breaks_off = False
+        """Whether only the rest of one was dropped, in the middle of a line perhaps."""
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
         """Leave them to the process that has dropped them."""
-        self.count = 0
+        self.count, self.breaks_off = 0, False
 
     def tell(self, stream: TextIO) -> None:
         """Tell of them, if there are any.
@@ -106,17 +120,19 @@ class Lost:
         """
         if count := self.count:
             lines, them = ("line was", "it") if count == 1 else ("lines were", "them")
-            _write(stream, f"portico: {count} {lines} dropped, since nobody read {them}\n")
+            end = "\n" if self.breaks_off else ""
+            _write(stream, f"{end}portico: {count} {lines} dropped, since nobody read {them}\n")
             self.count -= count
+            self.breaks_off = False
 
 
 _lost: Final = Lost()
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a text into what can be written at once; at the ends of lines, where there are any."""
-    while len(text) > LONGEST_PIECE:
-        end = text.rfind("\n", 0, LONGEST_PIECE) + 1 or LONGEST_PIECE
+    """Cut a text into what can be written at once, if need be; at the ends of lines, if it can."""
+    while len(text) > SHORT and len(text.encode(errors="replace")) > LONGEST_PIECE:
+        end = text.rfind("\n", 0, SHORT) + 1 or SHORT
         yield text[:end]
         text = text[end:]
     yield text

@@ -30,7 +30,7 @@ from typing import Final, NamedTuple, NoReturn
 from portico import privileges
 from portico.changes import folders_of, places_of
 from portico.configuration import Configuration, ServiceSettings
-from portico.console import say
+from portico.console import say, show
 from portico.descriptors import raise_descriptor_limit
 from portico.duty import assign, logged, reopen_log, report, say_counts
 from portico.errors import PorticoError
@@ -176,7 +176,7 @@ def _live(
         say(f"error: {' '.join(str(error).split())}")
         status = 2
     except BaseException:
-        traceback.print_exc()
+        show(traceback.format_exc())
     finally:
         leave(status)
 

@@ -25,6 +25,7 @@ from time import monotonic as time
 from typing import Any, Final
 
 from portico.connection import ClientAddress, Connection, Request, is_peer_gone
+from portico.console import show
 from portico.errors import PreambleError
 from portico.events import (
     CloseReason,
@@ -157,20 +158,16 @@ class RequestPath:
         """Report what a handler raised; called while it is being handled.
 
         Prints the client's address and the traceback to standard error, unless all that
-        happened is that the peer of this very request went away.  What an override raises
-        ends the loop (in the serial engine) or the worker.
+        happened is that the peer of this very request went away.  If nobody takes it there, it
+        is dropped after a moment instead of waited for, and that is told later.  What an override
+        raises ends the loop (in the serial engine) or the worker.
         """
         error = sys.exc_info()[1]
         if isinstance(error, Exception) and is_peer_gone(request, error):
             return
         line = "-" * 40
-        print(line, file=sys.stderr)
-        print(
-            f"Exception occurred during processing of request from {client_address}",
-            file=sys.stderr,
-        )
-        traceback.print_exc()
-        print(line, file=sys.stderr)
+        told = f"Exception occurred during processing of request from {client_address}"
+        show(f"{line}\n{told}\n{traceback.format_exc()}{line}\n")
 
     # --- how a request ends ---------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from portico import stacks
 from portico.assembly import AdoptingMixIn
 from portico.channel import Channel, Message
 from portico.configuration import Configuration
-from portico.console import say
+from portico.console import say, show
 from portico.counters import Counters, Row
 from portico.duty import assign, forget_logs, logged
 from portico.errors import PorticoError
@@ -110,7 +110,7 @@ def work(take_up: Callable[[], Post], let_go: Callable[[], object]) -> NoReturn:
         forget_logs()
         status = Worker(post).run()
     except BaseException:  # nothing of the supervisor's stack is to see it
-        traceback.print_exc()
+        show(traceback.format_exc())
     finally:
         leave(status)
 

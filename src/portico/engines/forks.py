@@ -12,6 +12,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from portico.connection import ClientAddress, Request
+from portico.console import show
 from portico.engines import Hooks, serve
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class ForkingMixIn(Hooks):
             if serve(self, request, client_address):
                 status = 0
         except Exception:  # of handle_error: in this process nobody else would tell
-            traceback.print_exc()
+            show(traceback.format_exc())
         finally:
             os._exit(status)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from greenlet import GreenletExit, greenlet
 
 from portico.acceptor import Wakeup
+from portico.console import show
 from portico.engines.green.hub import Hub
 from portico.engines.green.sockets import DatagramListener, GreenSocket, Lineage
 
@@ -576,4 +577,4 @@ def report(error: BaseException) -> None:
     try:
         threading.excepthook(threading.ExceptHookArgs(escaped))
     except Exception:  # of a hook of the program's, which would end the hub
-        traceback.print_exc()
+        show(traceback.format_exc())
