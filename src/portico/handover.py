@@ -42,9 +42,6 @@ END_PATIENCE: Final = 1.0
 LOOK_INTERVAL: Final = 0.05
 """Seconds between two looks at whether an heir has ended that has no more to say."""
 
-LONGEST_WAIT: Final = 3600.0
-"""Seconds of one wait, however far the deadline is: poll(2) takes no more than 24 days."""
-
 
 ENTER: Final = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
 """A program that goes to another directory and starts another program there.

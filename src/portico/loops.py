@@ -15,15 +15,12 @@ from typing import Final
 
 from portico.acceptor import Wakeup
 from portico.assembly import AdoptingMixIn
+from portico.deadlines import LONGEST_WAIT
 from portico.drain import LAST_WORDS
 from portico.errors import PhaseError
 
 SIGNAL_INTERVAL: Final = 0.5
 """Seconds until a signal is noticed where the program has another wake-up descriptor for them."""
-
-LONGEST_PAUSE: Final = 3600.0
-"""Seconds of one wait at the most; then it waits again.  poll(2) counts milliseconds in an ``int``,
-which are 24 days."""
 
 
 class ServingLoop(threading.Thread):
@@ -117,6 +114,6 @@ def wait_until(is_so: Callable[[], bool], wakeup: Wakeup, deadline: float = inf)
     poll = select.poll()  # and not select(2), since descriptors may be many
     poll.register(wakeup, select.POLLIN)
     while not is_so() and (remaining := deadline - time.monotonic()) > 0:
-        pause = min(remaining, SIGNAL_INTERVAL if wakeup.misses_signals else LONGEST_PAUSE)
+        pause = min(remaining, SIGNAL_INTERVAL if wakeup.misses_signals else LONGEST_WAIT)
         poll.poll(ceil(pause * 1000))
         wakeup.clear()

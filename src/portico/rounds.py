@@ -20,10 +20,10 @@ class Rounds:
         self.interval = interval
         self._beat = beat
         self._loops = loops
-        self._changed = threading.Lock()  # guards the two below
+        self._threads: dict[AdoptingMixIn, int] = {}  # of each the first, by one step
+        self._changed = threading.Lock()  # guards what follows
         self._seen: set[AdoptingMixIn] = set()
         self._last = -inf
-        self._threads: dict[AdoptingMixIn, int] = {}
 
     def go_round(self, server: AdoptingMixIn) -> None:
         """Take note that a loop has gone round; called in it, for every connection as well.

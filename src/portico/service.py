@@ -122,7 +122,7 @@ class Service:
         """Called by `stop`, in any thread and signal handler; not to wait there."""
         self._wakeup: Wakeup | None = None
         self._poll_interval = POLL_INTERVAL
-        self._pulse: Rounds | None = None
+        self._rounds: Rounds | None = None
         with ExitStack() as closing:
             if listeners is None:
                 listeners = open_listeners(
@@ -226,8 +226,8 @@ class Service:
 
     def overdue(self) -> list[AdoptingMixIn]:
         """Return the servers whose loops have not gone round since the last beat."""
-        pulse = self._pulse
-        return [] if pulse is None else pulse.overdue(self._servers)
+        rounds = self._rounds
+        return [] if rounds is None else rounds.overdue(self._servers)
 
     def beat(self, beat: Callable[[], object], interval: float) -> None:
         """Have `beat` called while the serving loops are alive; to be said before `run`.
@@ -236,11 +236,11 @@ class Service:
             beat: Called in one of the loops whenever every one of them has gone round again.
             interval: Seconds between two calls at the most, of a service that is alive.
         """
-        pulse = self._pulse = Rounds(beat, len(self._servers), interval / 2)
-        self._poll_interval = pulse.interval
+        rounds = self._rounds = Rounds(beat, len(self._servers), interval / 2)
+        self._poll_interval = rounds.interval
         for server in self._servers:
             # On the instance: a server that nobody watches sleeps until a client comes.
-            server._on_round = partial(pulse.go_round, server)
+            server._on_round = partial(rounds.go_round, server)
 
     def stop(self) -> None:
         """Have `run` drain the servers and return.  Callable from any thread and signal handler."""

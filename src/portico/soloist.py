@@ -25,10 +25,11 @@ from portico.address import Address
 from portico.announcement import Announcement, ready_on
 from portico.configuration import Configuration
 from portico.console import say
+from portico.deadlines import LONGEST_WAIT
 from portico.descriptors import raise_descriptor_limit
 from portico.directory import Directory
 from portico.duty import assign, expanded, logged, openings, reopen_log, report, say_counts
-from portico.handover import LONGEST_WAIT, Heritage
+from portico.handover import Heritage
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.service import STOP_PATIENCE, STOP_SIGNALS, Service
@@ -89,19 +90,19 @@ class Soloist:
         identity = privileges.find(process.user, process.group)
         services = expanded(self._configuration.services)
         raise_descriptor_limit()
-        with ExitStack() as closing:
-            closing.callback(self._listeners.close)
+        with ExitStack() as stack:
+            stack.callback(self._listeners.close)
             wanted = openings(services)
             listeners = self._listeners.gather(wanted)
-            closing.enter_context(self._succession.pid_file(process.pid_file))
+            stack.enter_context(self._succession.pid_file(process.pid_file))
             privileges.drop(identity)  # and only now does anything of the target's run
             with self._interrupted():
                 assignments = assign(services)
-                closing.enter_context(logged(process))
-            serving = closing.enter_context(Service(assignments, listeners))
-            closing.enter_context(serving.stopped_by_signals())
+                stack.enter_context(logged(process))
+            serving = stack.enter_context(Service(assignments, listeners))
+            stack.enter_context(serving.stopped_by_signals())
             self._raise_if_stopped()  # from here on it is the service that is told
-            closing.enter_context(Announcement(self._notifier, serving))
+            stack.enter_context(Announcement(self._notifier, serving))
             self._succession.take_over()
             self._listeners.settle(wanted, listeners)
             for bound in serving.addresses:
@@ -109,7 +110,7 @@ class Soloist:
             pairs: Pairs = [
                 (each.address, own) for each, own in zip(wanted, listeners, strict=True)
             ]
-            closing.enter_context(self._obeying(serving, pairs))
+            stack.enter_context(self._obeying(serving, pairs))
             started = time.monotonic()
             tallies = serving.run()
             report(tallies, time.monotonic() - started)

@@ -24,11 +24,12 @@ from portico import privileges
 from portico.configuration import MOST_WORKERS, Configuration, ProcessSettings
 from portico.console import say
 from portico.counters import Counters
+from portico.deadlines import LONGEST_WAIT
 from portico.descriptors import raise_descriptor_limit
 from portico.directory import Directory, DirectoryError
 from portico.duty import counted, described, expanded, log_kept, openings, reopen_log, say_counts
 from portico.errors import PorticoError
-from portico.handover import LONGEST_WAIT, Heritage
+from portico.handover import Heritage
 from portico.listeners import Listeners
 from portico.opening import station_names
 from portico.service import STOP_PATIENCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,23 @@ def test_a_file_that_can_be_made_is_fine_and_not_made(tmp_path: Path) -> None:
 def test_a_log_that_is_there_is_fine(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("")
     assert of_log(tmp_path / "log").problem == ""
+
+
+def test_a_log_that_is_a_fifo_needs_a_reader(tmp_path: Path) -> None:
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    assert of_log(fifo).problem == "it is a FIFO that nobody reads"
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert of_log(fifo).problem == ""
+    finally:
+        os.close(reader)
+
+
+def test_a_log_that_is_a_socket_fails(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "log"))
+    assert of_log(tmp_path / "log").problem == "it is a socket"
 
 
 @pytest.mark.parametrize("look", [of_log, of_pid_file])

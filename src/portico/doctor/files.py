@@ -5,6 +5,7 @@ Leaves the files of certificates to `papers`, and those of Unix sockets to `occu
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -69,7 +70,20 @@ def _unwritable(path: Path, account: Account | None) -> str:
         return error.strerror or str(error)
     if stat.S_ISDIR(found.st_mode):
         return "it is a directory"
+    if stat.S_ISSOCK(found.st_mode):
+        return "it is a socket"
+    if stat.S_ISFIFO(found.st_mode) and not _is_read(path):
+        return "it is a FIFO that nobody reads"
     return "" if _may(path, found, os.W_OK, account) else "no permission to write it"
+
+
+def _is_read(path: Path) -> bool:
+    """Say whether somebody has a FIFO open to read it."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.ENXIO
+    return True
 
 
 def _unmakeable(path: Path, account: Account | None) -> str:
