@@ -237,6 +237,21 @@ def test_a_server_begins_anew_with_another_listener(running: RunningServer[Any])
             assert sums(server.drain(PATIENCE)) == (1, 0, 1, 0)
 
 
+@pytest.mark.parametrize("kind", [TCPServer, *CONCURRENT])
+def test_a_server_that_served_single_requests_begins_anew(kind: Any) -> None:
+    """There was no loop that the drain could end: none that comes later is meant."""
+    server = kind(LOOPBACK, Handler)
+    server.drain_timeout = PATIENCE
+    with connect(server) as client:
+        client.shutdown(socket.SHUT_WR)
+        server.handle_request()
+    Call(server.server_close).result()
+    server.socket = socket.create_server(LOOPBACK)
+    server.server_address = server.socket.getsockname()
+    with RunningServer(server) as again, say(again, b"idle"):
+        assert sums(server.drain()) == (1, 0, 1, 0)
+
+
 def test_a_handler_that_drains_does_not_wait_for_itself() -> None:
     """Nor does anything need to end it: it is on its way."""
 

@@ -275,6 +275,9 @@ class BaseServer(RequestPath):
         drain has begun, and `serve_forever` sees to its end before it returns.  In a child that was
         forked from the process that serves it only sets `draining`: the rest is its parent's.
 
+        Under `handle_request` of the serial engine, a signal handler cannot be told from the
+        handler that it interrupts: that connection is spared, neither waited for nor closed.
+
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
                 and if that is ``None``, too, without limit.
@@ -339,6 +342,7 @@ class BaseServer(RequestPath):
 
     def __carry_out(self, drain: Drain, limit: float | None) -> DrainReport:
         """Do what `drain` says, in the call that took it over; the others wait for that."""
+        was_asked = self.__shutdown_request
         try:
             self.draining.set()
             with drain.watched(self.draining):
@@ -355,6 +359,9 @@ class BaseServer(RequestPath):
         finally:
             with self.__lock:
                 self.__phase = move(self.__phase, Phase.CLOSED)
+                if not was_asked and not self.__acceptors:
+                    # No loop was there to see it; one with another listener is not meant.
+                    self.__shutdown_request = False
             drain.is_over.set()
         if Drained.subscribers:
             emit(Drained(self, report))
