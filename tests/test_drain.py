@@ -43,6 +43,7 @@ from tests.support import (
     nothing_left_behind,
     recorded,
     reset,
+    run_program,
 )
 
 if TYPE_CHECKING:
@@ -236,6 +237,21 @@ def test_a_server_begins_anew_with_another_listener(running: RunningServer[Any])
             assert sums(server.drain(PATIENCE)) == (1, 0, 1, 0)
 
 
+@pytest.mark.parametrize("kind", [TCPServer, *CONCURRENT])
+def test_a_server_that_served_single_requests_begins_anew(kind: Any) -> None:
+    """There was no loop that the drain could end: none that comes later is meant."""
+    server = kind(LOOPBACK, Handler)
+    server.drain_timeout = PATIENCE
+    with connect(server) as client:
+        client.shutdown(socket.SHUT_WR)
+        server.handle_request()
+    Call(server.server_close).result()
+    server.socket = socket.create_server(LOOPBACK)
+    server.server_address = server.socket.getsockname()
+    with RunningServer(server) as again, say(again, b"idle"):
+        assert sums(server.drain()) == (1, 0, 1, 0)
+
+
 def test_a_handler_that_drains_does_not_wait_for_itself() -> None:
     """Nor does anything need to end it: it is on its way."""
 
@@ -309,6 +325,140 @@ def test_a_drain_that_another_thread_joins_before_the_loop_ends_is_one() -> None
         assert running.wait_ended() is None
         assert sums(report)[0] == 1
         assert running.server.drain_report is report
+
+
+@pytest.mark.parametrize("first", ["the thread that serves", "another"])
+def test_a_drain_that_is_asked_for_in_two_threads_ends_who_is_silent_in_the_backlog(
+    first: str,
+) -> None:
+    """The other thread serves it, after the loop has ended that had something watched as well."""
+
+    class Server(TCPServer):
+        def shutdown(self) -> None:
+            taken_over.set()
+            super().shutdown()
+
+    class Waiting(BaseRequestHandler):
+        def handle(self) -> None:
+            if holds.is_set():
+                heard.append(self.request.recv(100))
+                return
+            if first == "the thread that serves":
+                assert self.server.drain() is None
+            holds.set()
+            assert taken_over.wait(PATIENCE)
+            if first == "another":
+                assert self.server.drain() is None
+
+    heard: list[bytes] = []
+    holds, taken_over = threading.Event(), threading.Event()
+    with RunningServer(Server(LOOPBACK, Waiting)) as running, running.connect():
+        assert holds.wait(PATIENCE)
+        with running.connect() as silent:
+            report = Call(running.server.drain).result()
+            assert goodbye(silent) == b""
+        assert running.wait_ended() is None
+        assert heard == [b""]
+        assert sums(report)[0] == 2
+        assert running.server.drain_report is report
+
+
+def test_a_handler_that_takes_a_drain_over_does_not_wait_for_itself() -> None:
+    """The thread that serves has begun it, and is not yet where it would see to its end."""
+
+    class Server(ThreadingTCPServer):
+        def service_actions(self) -> None:
+            super().service_actions()
+            if asks.is_set():
+                assert self.drain() is None
+                begun.set()
+                assert taken_over.wait(PATIENCE)
+
+        def shutdown(self) -> None:
+            taken_over.set()
+            super().shutdown()
+
+    class Draining(BaseRequestHandler):
+        def handle(self) -> None:
+            asks.set()
+            assert begun.wait(PATIENCE)
+            reports.append(self.server.drain())
+
+    reports: list[DrainReport | None] = []
+    asks, begun, taken_over = threading.Event(), threading.Event(), threading.Event()
+    with RunningServer(Server(LOOPBACK, Draining), 0.01) as running, running.connect() as client:
+        assert goodbye(client) == b""
+        assert running.wait_ended() is None
+        assert [sums(report) for report in reports] == [(1, 1, 0, 0)]
+
+
+AT_ANY_LINE = """
+import faulthandler, sys, threading
+import portico
+
+where, patience = sys.argv[1], float(sys.argv[2])
+faulthandler.dump_traceback_later(patience, exit=True)
+
+
+class Server(portico.ThreadingTCPServer):
+    def service_actions(self):
+        super().service_actions()
+        if where == "serving" and not self.draining.is_set():
+            drain_twice(self)
+
+
+def drain_twice(server):
+    # A function that is called at each line is what a signal handler is, and comes everywhere.
+    global left
+
+    def at_line(frame, event, arg):
+        global left
+        if event == "line" and frame.f_code.co_filename.endswith(("server.py", "guard.py")):
+            left -= 1
+            if left == 0:
+                server.drain()
+        return at_line
+
+    sys.settrace(at_line)
+    try:
+        server.drain()
+    finally:
+        sys.settrace(None)
+
+
+def drain_at(number):
+    # Say whether there were so many lines.
+    global left
+    left = number
+    begun = []
+    with Server(("127.0.0.1", 0), None) as server:
+        begin = server._guard.begin_drain
+        server._guard.begin_drain = lambda *args: begun.append(args) or begin(*args)
+        serving = threading.Thread(target=server.serve_forever, args=(0,), daemon=True)
+        serving.start()
+        if where == "beside":
+            while server.phase is portico.Phase.CREATED:
+                pass
+            drain_twice(server)
+        serving.join()
+        assert len(begun) == 1, (number, len(begun))
+        assert server.drain_report is not None, number
+        assert server.phase is portico.Phase.CLOSED, number
+    return left <= 0
+
+
+number = 1
+while drain_at(number):
+    number += 1
+print("done", number > 10)
+"""
+
+
+@pytest.mark.parametrize("where", ["serving", "beside"])
+def test_a_signal_handler_may_drain_at_any_moment_of_a_drain(where: str) -> None:
+    """There is one, and it comes to its end."""
+    done = run_program(AT_ANY_LINE, where, str(PATIENCE / 2))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done True\n", "")
 
 
 def test_a_drain_whose_loop_was_left_is_seen_to_its_end_by_who_closes() -> None:

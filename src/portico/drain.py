@@ -72,7 +72,8 @@ class Drain:
         self._idle: set[Connection] = set()
         self._forced: set[Connection] = set()
         self._changed = Event()
-        self._watcher: tuple[Thread, Event] | None = None  # and what ends it
+        self._watchers: list[Thread] = []  # of `watch`
+        self._is_unwatched = Event()  # ends them
         self.is_over = Event()
         """Set when there is a report."""
 
@@ -145,40 +146,52 @@ class Drain:
 
     @contextmanager
     def watched(self, draining: Event) -> Generator[None]:
-        """Do as `watch` does while the block runs."""
-        self.watch(draining)
+        """See to the connections from a thread of its own while the block runs.
+
+        On the serial engine a handler holds whoever runs it, here the drain itself: nobody else
+        would give its idle peer end-of-file, or close it at the deadline.
+
+        Args:
+            draining: As for `watch`.
+        """
+        is_done = Event()
+        watcher = self._start_watcher(draining, is_done)
         try:
             yield
         finally:
-            self.end_watch()
+            is_done.set()
+            if watcher is not None:
+                watcher.join()
 
     def watch(self, draining: Event) -> None:
-        """See to the connections from a thread of its own, until `end_watch`.
+        """Do so for a handler that holds the serving loop, until `end_watch`.
 
-        On the serial engine a handler holds whoever runs it, the serving loop or the drain itself:
-        nobody else would give its idle peer end-of-file, or close it at the deadline.
+        Callable from any thread, and more than once: two that watch do no harm.
 
         Args:
             draining: Set first of all, by that thread: a signal handler that begins a drain may
                 have interrupted one that waits for it, and holds its lock.
         """
-        if self._watcher is not None:
-            return
-        is_done = Event()
+        if not self._watchers:
+            watcher = self._start_watcher(draining, self._is_unwatched)
+            if watcher is not None:
+                self._watchers.append(watcher)
+
+    def end_watch(self) -> None:
+        """End what `watch` began, for good, and wait for that."""
+        self._is_unwatched.set()
+        for watcher in self._watchers:
+            watcher.join()
+
+    def _start_watcher(self, draining: Event, is_done: Event) -> Thread | None:
+        """Return a thread that watches; ``None`` if the system has none left."""
         watcher = Thread(
             target=self._watch, args=(draining, is_done), name="portico drain", daemon=True
         )
-        with suppress(RuntimeError):  # the system has no thread left; other engines need none
+        with suppress(RuntimeError):  # other engines than the serial one need none
             watcher.start()
-            self._watcher = watcher, is_done
-
-    def end_watch(self) -> None:
-        """End what `watch` began, if it did, and wait for that."""
-        watching, self._watcher = self._watcher, None
-        if watching is not None:
-            watcher, is_done = watching
-            is_done.set()
-            watcher.join()
+            return watcher
+        return None
 
     def _watch(self, draining: Event, is_done: Event) -> None:
         draining.set()

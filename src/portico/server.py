@@ -82,9 +82,6 @@ time, too; and a client that finds no place at all tries again after a second (R
 _NEVER: Final = threading.Event()
 """What is waited for when only time is to pass."""
 
-_NOBODY: Final = 0, 0
-"""Who drains while there is only the wish of a thread that serves."""
-
 _BEFORE_THE_END: Final = frozenset({Phase.SERVING, Phase.STOPPED, Phase.DRAINING})
 """The phases in which closing can begin with a drain, or wait for one."""
 
@@ -157,13 +154,14 @@ class BaseServer(RequestPath):
 
     # Before __init__ ran, or when a subclass never calls it, these stand in.
     __lock = threading.RLock()
-    # guards __loops, __acceptors, __phase and the moves of __is_shut_down.  Re-entrant, because a
-    # signal handler that calls shutdown() can interrupt the serving thread while it holds the lock.
+    # guards __loops, __acceptors, __phase, __is_taken_over and the moves of __is_shut_down.
+    # Re-entrant, because a signal handler that calls shutdown() can interrupt the serving thread
+    # while it holds the lock.
     __loops: tuple[tuple[int, int], ...] = ()  # the process and the thread of each
     __acceptors: tuple[Acceptor, ...] = ()  # what the loops wait with
     __pause: Pause | None = None
     __drain_wish: tuple[float | None] | None = None  # the timeout of a drain that the loop ends
-    __drainer = _NOBODY  # the process and the thread that carry the drain out
+    __is_taken_over = False  # by the call of drain() that carries it out
     __phase = Phase.CREATED
     _exhaustion: Exhaustion | None = None
 
@@ -185,6 +183,7 @@ class BaseServer(RequestPath):
         self.__lock = threading.RLock()
         self.__is_shut_down: threading.Event = _Ending()
         self.__shutdown_request = False
+        self.__drain_callers: set[tuple[int, int]] = set()  # the process and the thread of each
         self.draining = threading.Event()
         self._guard = Guard(self)
         self._guard.read_settings()
@@ -276,6 +275,9 @@ class BaseServer(RequestPath):
         drain has begun, and `serve_forever` sees to its end before it returns.  In a child that was
         forked from the process that serves it only sets `draining`: the rest is its parent's.
 
+        Under `handle_request` of the serial engine, a signal handler cannot be told from the
+        handler that it interrupts: that connection is spared, neither waited for nor closed.
+
         Args:
             timeout: Seconds until the rest is closed, 0 for at once; ``None`` for `drain_timeout`,
                 and if that is ``None``, too, without limit.
@@ -289,41 +291,58 @@ class BaseServer(RequestPath):
             SettingError: The timeout is negative.
         """
         check_timeout("timeout", timeout)
-        limit = self.drain_timeout if timeout is None else timeout
         if self._guard.is_in_child or self._guard.is_inherited:  # it is the parent that accepts
             self.draining.set()
             return None
+        here = os.getpid(), threading.get_ident()
+        if here in self.__drain_callers:
+            return None  # a signal handler: what it would wait for is the call that it interrupts
+        try:
+            self.__drain_callers.add(here)
+            limit = self.drain_timeout if timeout is None else timeout
+            if self.__serves_here:
+                self.__note_wish(limit)
+                return None
+            return self.__carry_out_or_join(limit)
+        finally:
+            self.__drain_callers.discard(here)
+
+    def __begin_drain(self, limit: float | None, spared: Request | None) -> Drain:
+        """Begin a drain, for a caller that holds the lock; nobody has to see to its end yet."""
+        phase = move(self.__phase, Phase.DRAINING)
+        drain = self._guard.begin_drain(limit, spared)
+        self.__phase = phase
+        return drain
+
+    def __note_wish(self, limit: float | None) -> None:
+        """Begin a drain in the thread that serves, which carries it out when it has left the loop.
+
+        Unless another does: then it joins that one.
+        """
         with self.__lock:
-            here = os.getpid(), threading.get_ident()
-            drain = self._guard.drain
-            if self.__drainer == here and (drain is None or not drain.is_over.is_set()):
-                return None  # a signal handler, in the middle of the drain that would be waited for
-            serves_here, is_first = self.__serves_here, drain is None
-            phase = move(self.__phase, Phase.DRAINING) if is_first else self.__phase
-            is_mine = not serves_here and self.__drainer == _NOBODY
-            if is_mine:
-                self.__drainer = here  # first, for such a signal handler
-            if drain is None:
-                spared = None if serves_here else self._request_here()
-                drain = self._guard.begin_drain(limit, spared)
-                self.__phase = phase
-            if serves_here:
-                self.__drain_wish = (timeout,)
-                self.__shutdown_request = True
-        if serves_here:
-            if is_first and inline.serving is not None:  # a handler holds the loop
-                drain.watch(self.draining)
-            return None
+            drain = self._guard.drain or self.__begin_drain(limit, None)
+            self.__drain_wish = (limit,)
+            self.__shutdown_request = True
+        if inline.serving is not None:  # a handler holds the loop, until `__stop`
+            drain.watch(self.draining)
+
+    def __carry_out_or_join(self, limit: float | None) -> DrainReport | None:
+        """See a drain to its end in a thread that does not serve: the first carries it out."""
+        mine = self._request_here()
+        with self.__lock:
+            drain = self._guard.drain or self.__begin_drain(limit, mine)
+            is_taken_over, self.__is_taken_over = self.__is_taken_over, True
+        self._guard.spare(mine)  # if it began without this caller
         if self._replies_by_listener and self._is_under_way_here():
             drain.note_waiting()
-        if is_mine:
+        if not is_taken_over:
             return self.__carry_out(drain, limit)
-        self._guard.spare(self._request_here())
         self._wait_event(drain.is_over, None)
         return self.drain_report
 
     def __carry_out(self, drain: Drain, limit: float | None) -> DrainReport:
-        """Do what `drain` says, in the thread that asked for it first, or for the serving one."""
+        """Do what `drain` says, in the call that took it over; the others wait for that."""
+        was_asked = self.__shutdown_request
         try:
             self.draining.set()
             with drain.watched(self.draining):
@@ -340,6 +359,9 @@ class BaseServer(RequestPath):
         finally:
             with self.__lock:
                 self.__phase = move(self.__phase, Phase.CLOSED)
+                if not was_asked and not self.__acceptors:
+                    # No loop was there to see it; one with another listener is not meant.
+                    self.__shutdown_request = False
             drain.is_over.set()
         if Drained.subscribers:
             emit(Drained(self, report))
@@ -558,11 +580,12 @@ class BaseServer(RequestPath):
                 if self.__phase is Phase.SERVING:
                     self.__phase = move(self.__phase, Phase.STOPPED)
                 self.__release_room()
-            drain = self._guard.drain if self.__drain_wish is not None else None
+            # Until then a handler of another loop, or of an outer one, may hold that.
+            drain = None if self.__acceptors else self._guard.drain
             if loop in self.__loops:
                 at = self.__loops.index(loop)
                 self.__loops = (*self.__loops[:at], *self.__loops[at + 1 :])
-        if drain is not None:  # which no handler of this loop holds up any more
+        if drain is not None:  # and no handler holds up a loop any more
             drain.end_watch()
 
     @property
@@ -571,7 +594,7 @@ class BaseServer(RequestPath):
         return (os.getpid(), threading.get_ident()) in self.__loops
 
     def __begin_anew(self) -> None:
-        self.__phase, self.__drainer = Phase.CREATED, _NOBODY
+        self.__phase, self.__is_taken_over = Phase.CREATED, False
         self._guard.drain = self.drain_report = self.__drain_wish = None
         self.draining.clear()
 
