@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from portico.connection import ClientAddress, Request, is_peer_gone, mark_peer_gone
+from portico.connection import (
+    ClientAddress,
+    Connection,
+    Request,
+    can_be_tracked,
+    is_peer_gone,
+    mark_peer_gone,
+)
 from portico.errors import PreambleError
 from portico.events import DatagramCut, ListenerBound, emit
-from portico.guard import are_ours
+from portico.guard import TO_THE_WORKER, are_ours
 from portico.lobby import Lobby
 from portico.server import BaseServer
 
@@ -32,10 +40,6 @@ IP_FAMILIES: Final = frozenset({socket.AF_INET, socket.AF_INET6})
 
 On other families Linux 6.12.9 and later refuse SO_REUSEPORT (EOPNOTSUPP); before, it did nothing.
 """
-
-
-TO_THE_WORKER: Final = ("process_request", "process_request_thread", "serve_request")
-"""The hooks by which a request comes to `serve_request`, or past it if one is a program's own."""
 
 _Socket: Final = socket.socket  # also when a program's test puts something else in its place
 
@@ -250,36 +254,79 @@ class TCPServer(BaseServer):
             self.ssl_context is None
             and self.proxy_protocol is None
             and type(self.socket) is _Socket
-        ) or self._is_prepared(request):
+        ) or self._is_prepared(request, client_address):
             self.RequestHandlerClass(request, client_address, self)
         else:
             self._finish_unprepared(request, client_address)
 
-    def _is_prepared(self, request: Request) -> bool:
+    def _is_prepared(self, request: Request, client_address: ClientAddress) -> bool:
         """Say whether nothing comes before the handler, or that has been."""
         if self._preamble() is None:
             return True
         connection = self._guard.connections.get(request)
+        if connection is None:
+            # A `finish_request` of the program's has made something else of it, such as an object
+            # that counts bytes.  A bare socket may as well be one that came past all hooks.
+            if type(request) is not _Socket and are_ours(self, TO_THE_WORKER):
+                return True
+            connection = self._connection_below(request, client_address)
         return connection is not None and connection.thread is not None
 
+    def _connection_below(
+        self, request: Request, client_address: ClientAddress
+    ) -> Connection | None:
+        """Return the connection over which a program has put an object of its own.
+
+        It has the same descriptor, or is what the caller serves; ``None`` if it is not found.
+        """
+        connections = self._guard.connections
+        with suppress(AttributeError, OSError, ValueError):  # such an object may have none
+            number = request.fileno()
+            for connection in connections:
+                held = connection.request
+                if can_be_tracked(held) and _Socket.fileno(held) == number >= 0:
+                    return connection
+        served = connections.get(self._request_here())
+        return None if served is None or served.speaker != client_address else served
+
     def _finish_unprepared(self, request: Request, client_address: ClientAddress) -> None:
-        """Do the worker's part of a request; its end is left to who called `finish_request`."""
+        """Do the worker's part of a request; its end is left to who called `finish_request`.
+
+        Raises:
+            PreambleError: The handler would get an object of the program's past the preamble.
+        """
+        accepted = request if can_be_tracked(request) else self._below(request, client_address)
         try:
-            prepared, peer = self._prepare(request, client_address)
+            prepared, peer = self._prepare(accepted, client_address)
         except PreambleError as error:
-            connection = self._guard.connections.get(request)
+            connection = self._guard.connections.get(accepted)
             self._tell_preamble(client_address, connection, error)
             return
         try:
             if not self._guard.verifies_late or self._verify(prepared, peer):
-                self.RequestHandlerClass(prepared, peer, self)
+                seen = prepared if accepted is request else request
+                self.RequestHandlerClass(seen, peer, self)
         except OSError as error:
             if is_peer_gone(prepared, error):
                 mark_peer_gone(request, error)
             raise
         finally:
-            if prepared is not request:  # of which the caller has but the empty hull
+            if prepared is not accepted:  # of which the caller has but the empty hull
                 self._end(prepared)
+
+    def _below(self, request: Request, client_address: ClientAddress) -> Request:
+        """Return the socket below an object of a program's own, to be prepared in its place.
+
+        Raises:
+            PreambleError: It is not found, or TLS would leave it empty below that object.
+        """
+        connection = self._connection_below(request, client_address)
+        accepted = None if connection is None else connection.request
+        if accepted is None or not (self._speaks_plainly(accepted) or hasattr(accepted, "unwrap")):
+            stage = "PROXY header" if self._speaks_plainly(request) else "TLS handshake"
+            reason = "finish_request got an object of the program's own: call serve_request"
+            raise PreambleError(stage, reason)
+        return accepted
 
     @property
     def _verifies_late(self) -> bool:

@@ -52,16 +52,6 @@ VAIN_LOOK: Final = 1.0
 """Seconds after a look that found all at work until the next one: it has asked about each."""
 
 
-AT_THE_END: Final = (
-    "process_request",
-    "process_request_thread",
-    "serve_request",
-    "shutdown_request",
-    "close_request",
-)
-"""The hooks that see a connection to its end."""
-
-
 class Counting(Protocol):
     """Who counts the requests of a server.  Callable from any thread."""
 
@@ -164,7 +154,7 @@ class Guard:
         peers_come = getattr(server, "proxy_protocol", None) is None
         self.verifies_late = getattr(server, "_verifies_late", False)
         # A program's own hooks may take a connection away and never say what became of it.
-        self.connections.holds_weakly = not are_ours(server, AT_THE_END)
+        self.connections.holds_weakly = not are_ours(server, TO_THE_END)
         settings = admission, deadlines, server.when_full, peers_come
         if settings != self._settings:
             self._build(admission, deadlines, peers_come)
@@ -516,6 +506,17 @@ def check_timeout(name: str, value: float | None) -> None:
         SettingError: It is negative, or no number.
     """
     check_limit(name, value, may_be_zero=True)
+
+
+TO_THE_WORKER: Final = ("process_request", "process_request_thread", "serve_request")
+"""By which a request comes to `serve_request`, or past it if one is a program's own: then nobody
+has prepared it for sure."""
+
+AT_THE_END: Final = ("shutdown_request", "close_request")
+"""With which a request ends: an engine that takes batches knows only what the family's do."""
+
+TO_THE_END: Final = (*TO_THE_WORKER, *AT_THE_END)
+"""All that see a connection to its end: past them it may go on elsewhere, or end unseen."""
 
 
 def are_ours(server: Any, hooks: Iterable[str]) -> bool:

@@ -42,6 +42,8 @@ from tests.support import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.tls import Authority, Pair
 
     _Base = TCPServer
@@ -94,6 +96,30 @@ ENGINES: dict[str, tuple[type, ...]] = {
     "forks": (ForkingMixIn,),
     "green": (GreenMixIn,),
 }
+
+
+class Passing(_Base):
+    """Extend the hook of the engine."""
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        super().process_request_thread(request, client_address)  # type: ignore[misc]  # a mix-in's
+
+
+class Counting:
+    """Stand for a connection, as programs have it count bytes or write them down."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+
+class Secretive:
+    """Stand for one, and have no more than a handler needs."""
+
+    def __init__(self, sock: Any) -> None:
+        self.makefile, self.sendall = sock.makefile, sock.sendall
 
 
 class Greet(StreamRequestHandler):
@@ -371,3 +397,111 @@ def test_a_peer_that_goes_away_leaves_no_traceback(
             assert tls.recv(1) == b"x"
             reset(tls)
     assert capfd.readouterr().err == ""
+
+
+# --- a connection of which the program makes something else ------------------------------
+
+
+def wrapping(kind: type) -> dict[str, Any]:
+    """Return a `finish_request` that gives the handler an object of the program's own."""
+
+    def finish_request(self: Any, request: Any, client_address: Any) -> None:
+        TCPServer.finish_request(self, kind(request), client_address)
+
+    return {"finish_request": finish_request}
+
+
+SERVING: dict[str, tuple[type, ...]] = {
+    **ENGINES,
+    "extended threads": (Passing, ThreadingMixIn),
+    "extended pool": (Passing, ThreadPoolMixIn),
+    "extended green": (Passing, GreenMixIn),
+}
+"""Those on which each request comes through `serve_request`."""
+
+
+@pytest.mark.parametrize("kind", [Counting, Secretive])
+@pytest.mark.parametrize("with_proxy", [False, True])
+@pytest.mark.parametrize("with_tls", [False, True])
+@pytest.mark.parametrize("name", SERVING)
+def test_what_is_prepared_is_not_prepared_again(
+    name: str, with_tls: bool, with_proxy: bool, kind: type, authority: Authority, tmp_path: Path
+) -> None:
+    """Whatever a program's `finish_request` hands on, hands were shaken and the header was read."""
+    verified = tmp_path / "verified"  # in a file, because a child process may write it
+
+    def verify_request(self: Any, request: Any, client_address: Any) -> bool:
+        with verified.open("a") as lines:
+            print(client_address[0], file=lines)
+        return True
+
+    attributes: dict[str, Any] = wrapping(kind) | {"verify_request": verify_request}
+    if with_proxy:
+        attributes["proxy_protocol"] = ["0.0.0.0/0"]  # so that a second header would be awaited
+    line, peer = (LINE, "192.0.2.1") if with_proxy else (b"", "127.0.0.1")
+    context = server_context(authority.issue()) if with_tls else None
+    with serving(SERVING[name], context, **attributes) as running:
+        if with_tls:
+            answer = ask(running, authority.client(), line)
+        else:
+            answer = ask_plainly(running, line + b"hello\n")
+    assert answer == f"{peer}: hello\n".encode()
+    assert verified.read_text() == f"{peer}\n"
+
+
+@pytest.mark.parametrize("idiom", [by_attribute, by_wrapping])
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_not_prepared_speaks_no_plain_text_below_an_object_of_the_program_s(
+    name: str, idiom: Callable[[Any, ssl.SSLContext], None], authority: Authority
+) -> None:
+    context = server_context(authority.issue())
+    with (
+        recorded(PreambleFailed) as failed,
+        serving(OWN[name], context, idiom, **wrapping(Counting)) as running,
+    ):
+        assert b"hello" not in ask_plainly(running, b"hello\n")
+        assert ask(running, authority.client()) == b"127.0.0.1: hello\n"
+    assert [event.stage for event in failed] == ["TLS handshake"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_header_is_read_below_an_object_of_the_program_s(name: str) -> None:
+    attributes: dict[str, Any] = {"proxy_protocol": ["127.0.0.1"], **wrapping(Counting)}
+    with serving(OWN[name], **attributes) as running:
+        assert ask_plainly(running, LINE + b"hello\n") == b"192.0.2.1: hello\n"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_cannot_be_prepared_gets_no_handler(
+    name: str, authority: Authority, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TLS is due after the header, and would take the connection from the program's object."""
+    attributes: dict[str, Any] = {"proxy_protocol": ["127.0.0.1"], **wrapping(Counting)}
+    context = server_context(authority.issue())
+    with serving(OWN[name], context, **attributes) as running:
+        assert ask_plainly(running, LINE + b"hello\n") == b""
+    assert "call serve_request" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["no engine", "threads", "pool"])
+def test_nor_does_what_is_not_found(
+    name: str, authority: Authority, capfd: pytest.CaptureFixture[str]
+) -> None:
+    context = server_context(authority.issue())
+    with serving(OWN[name], context, **wrapping(Secretive)) as running:
+        assert b"hello" not in ask_plainly(running, b"hello\n")
+    assert "call serve_request" in capfd.readouterr().err
+
+
+def test_a_connection_that_came_past_all_hooks_shakes_hands(authority: Authority) -> None:
+    """The program accepts it and makes the handler, both by itself."""
+
+    def step(self: Any) -> None:
+        request, client_address = self.get_request()
+        self.finish_request(request, client_address)
+        self.shutdown_request(request)
+
+    context = server_context(authority.issue())
+    with serving((), context, _handle_request_noblock=step) as running:
+        assert b"hello" not in ask_plainly(running, b"hello\n")
+        assert ask(running, authority.client()) == b"127.0.0.1: hello\n"

@@ -20,9 +20,10 @@ from portico import events
 from portico.engines import left_out_of_batches
 from portico.engines.green import HOOKS as OF_THE_ENGINE
 from portico.engines.green import GreenMixIn
-from portico.engines.green.plain import AT_THE_END, OF_EVERY_SERVER, PlainPath
+from portico.engines.green.plain import OF_EVERY_SERVER, PlainPath
 from portico.engines.green.sockets import Lineage
 from portico.families import UDPServer
+from portico.guard import AT_THE_END
 from tests.support import PATIENCE, Call
 
 

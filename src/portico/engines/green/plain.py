@@ -28,6 +28,7 @@ from portico.engines.green.sockets import Lineage
 from portico.engines.green.watch import NOW
 from portico.events import ConnectionAccepted, ConnectionClosed
 from portico.families import TCPServer, UDPServer
+from portico.guard import AT_THE_END
 from portico.handlers import BaseRequestHandler
 from portico.server import BaseServer
 
@@ -64,11 +65,6 @@ IN_FRONT: Final = ("get_request", "service_actions")
 `get_request` does beside accepting is done here (`Gate.reserve`), and a `service_actions` has its
 turn each `poll_interval`."""
 
-AT_THE_END: Final = ("shutdown_request", "close_request")
-"""Those that have to be the family's: of a datagram they do nothing, and are left out; of a
-connection they are called, and nobody looks after them whether it is forgotten."""
-
-
 _NEW: Final[Any] = object.__new__
 
 _hooks_of: Final = attrgetter("__init__", "setup", "finish")
@@ -102,6 +98,8 @@ class PlainPath:
         self._listener = server.socket
         is_datagram = family_request is UDPServer.get_request
         family = UDPServer if is_datagram else TCPServer
+        # Those at the end have to be the family's: of a datagram they do nothing, and are left out;
+        # of a connection they are called, and nobody looks after them whether it is forgotten.
         hooks = OF_EVERY_SERVER | own | {name: getattr(family, name) for name in AT_THE_END}
         for name in IN_FRONT:
             found = getattr(self._kind, name)
