@@ -163,7 +163,7 @@ class ForkingMixIn(Hooks):
         else:
             pause_accepting(LOOK_INTERVAL)
 
-    def _await_place(self, room: int, seconds: float | None) -> None:
+    def _await_place(self, until: tuple[int, ...], seconds: float | None) -> None:
         """Rest until there is a place: that of a child is free when it has been collected."""
         self.collect_children()
         children = self.active_children or ()
@@ -174,7 +174,7 @@ class ForkingMixIn(Hooks):
         self._exits = _open_exits(children)
         if children and not self._exits:
             seconds = LOOK_INTERVAL
-        self.pause_accepting(seconds, until=(room, *self._exits))
+        super()._await_place((*until, *self._exits), seconds)
 
     def _end_rest(self) -> None:
         self._rests_at_limit = self._awaits_place = False
