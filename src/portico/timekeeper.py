@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from portico.connection import borrowed
+from portico.connection import borrow
 from portico.deadlines import LONGEST_WAIT, Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
 from portico.traffic import look, with_activity
@@ -151,8 +151,7 @@ class Timekeeper:
             connection.next_look = self._deadlines.first_look(connection.accepted)
             if connection.next_look > now:
                 return
-        with borrowed(connection) as sock:
-            traffic = look(sock)
+        traffic = borrow(connection, look)
         if traffic.received is None:
             traffic = with_activity(traffic, self._server._activity(connection))
         waits_to_read = self._server._waits_to_read(connection)
