@@ -182,8 +182,7 @@ class Wakeup:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # guards _writer: a closed descriptor's number is soon somebody else's.  Re-entrant,
-        # because a signal handler can interrupt `wake` and call it again.
+        # guards _writer: a closed descriptor's number is soon somebody else's.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)

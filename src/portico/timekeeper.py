@@ -58,9 +58,7 @@ class Timekeeper:
         self._deadlines = Deadlines(rules)
         self._pause = self._deadlines.first_look(0.0)
         self._rest = min(GATHERED, self._pause / 20)
-        # Guards is_asleep, _thread, and the two at the end.  Re-entrant, because a signal handler
-        # that closes the server can interrupt the acceptor while it holds it.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # guards is_asleep, _thread, and the two at the end
         self._changes: SimpleQueue[None] = SimpleQueue()  # re-entrant, which no event is
         self._thread: threading.Thread | None = None
         self._is_closed = False
