@@ -517,7 +517,7 @@ def test_what_is_watched_beside_ends_the_wait_of_a_rest_for_a_place(acceptor: Ac
         theirs.send(b"x")
         pause = Pause(time() + PATIENCE)
         assert not acceptor.rest(pause, 0)
-        pause.is_for_place = True
+        pause = Pause(time() + PATIENCE, is_for_place=True)
         assert not acceptor.rest(pause, None)
         assert pause.remaining(time())
     assert not acceptor.rest(pause, 0), "it is closed"

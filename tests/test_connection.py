@@ -13,7 +13,7 @@ from portico.connection import (
     PEER_GONE_ERRNOS,
     Connection,
     Connections,
-    borrowed,
+    borrow,
     can_be_tracked,
     is_peer_gone,
 )
@@ -299,15 +299,19 @@ def test_one_that_another_object_took_over_is_known_by_its_number_and_its_peer(
 ) -> None:
     with tcp_pair() as (ours, theirs):
         connection = registry.connections.add(ours, theirs.getsockname())
-        with borrowed(connection) as sock:
-            assert sock is ours
+        assert borrow(connection, lambda sock: sock) is ours
         connection.descriptor = ours.fileno()
         with socket.socket(fileno=ours.detach()) as other:
             theirs.sendall(b"x")
-            with borrowed(connection) as sock:
+            lent: list[socket.socket] = []
+
+            def read(sock: socket.socket) -> bytes:
+                lent.append(sock)
                 assert sock.fileno() not in {-1, other.fileno()}
-                assert sock.recv(1) == b"x"
-            assert sock.fileno() < 0
+                return sock.recv(1)
+
+            assert borrow(connection, read) == b"x"
+            assert lent[0].fileno() < 0
             assert registry.connections.interrupt(connection)
             assert connection.was_cut
             assert other.recv(1) == b""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -462,6 +463,22 @@ def test_a_process_that_was_forked_begins_without_the_connections_of_its_parent(
         guard.note_closing(ours)
         assert guard.keeper is not None
         guard.keeper.stop()
+
+
+def test_a_process_that_was_forked_waits_for_no_lock_of_its_parent(server: Server) -> None:
+    """A thread that is only there may have held it; and what it guards is as at the beginning."""
+    guard = server._guard
+    guard._row, guard._next_look = 3, inf
+
+    def look() -> None:
+        guard.read_settings()
+        for lock in (guard._choosing, guard._shedding):
+            assert lock.acquire(blocking=False)
+        assert guard._row is None
+        assert not guard._next_look
+
+    with guard._choosing, guard._shedding:
+        assert in_child(look) == 0
 
 
 # --- making room ------------------------------------------------------------------------

@@ -146,10 +146,12 @@ class Pause:
 
     __slots__ = ("deadline", "descriptors", "is_for_place")
 
-    def __init__(self, deadline: float, descriptors: Collection[int] = ()) -> None:
+    def __init__(
+        self, deadline: float, descriptors: Collection[int] = (), *, is_for_place: bool = False
+    ) -> None:
         self.deadline = deadline
         self.descriptors = descriptors
-        self.is_for_place = False
+        self.is_for_place = is_for_place
         """Whether it is for a place only: those who have one go on meanwhile."""
 
     def remaining(self, now: float) -> float:
@@ -180,8 +182,7 @@ class Wakeup:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # guards _writer: a closed descriptor's number is soon somebody else's.  Re-entrant,
-        # because a signal handler can interrupt `wake` and call it again.
+        # guards _writer: a closed descriptor's number is soon somebody else's.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)

@@ -12,11 +12,12 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
 from threading import RLock
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 from weakref import ref
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from portico.events import Deadline
     from portico.gate import Gate
     from portico.proxy import Header
+
+_Result = TypeVar("_Result")
 
 Request: TypeAlias = Any
 """What `get_request` returns first: a socket; ``(bytes, socket)`` for a datagram; or whatever
@@ -222,7 +225,7 @@ class Connections:
         Returns:
             Whether there was a socket to shut down.  There is none once it was closed, nor in the
             moment in which another object of ours takes its descriptor over, nor where a program
-            made something else of it that `borrowed` does not find.
+            made something else of it that `borrow` does not find.
         """
         with self._interrupting:
             connection.is_held = True  # first, and then a look: `remove` does it the other way
@@ -230,15 +233,7 @@ class Connections:
                 request = connection.request
                 if self.get(request) is not connection or not isinstance(request, _socket.socket):
                     return False
-                with borrowed(connection) as sock:
-                    # Not the methods of a green or a TLS socket: those belong to another thread.
-                    if _socket.socket.fileno(sock) < 0:
-                        return False
-                    if how == _socket.SHUT_RDWR:
-                        connection.was_cut = True
-                    with suppress(OSError):  # the peer was faster
-                        _socket.socket.shutdown(sock, how)
-                    return True
+                return borrow(connection, partial(_shut_down, connection, how))
             finally:
                 connection.is_held = False
 
@@ -259,9 +254,8 @@ class Connections:
             self._on_lost(connection)
 
 
-@contextmanager
-def borrowed(connection: Connection) -> Generator[Any]:
-    """Lend the socket of a connection, to look at it or to shut it down.
+def borrow(connection: Connection, use: Callable[[Any], _Result]) -> _Result:
+    """Look at the socket of a connection, or shut it down, and return what `use` does.
 
     It is the request, unless that has lost its descriptor to an object that nobody told us of:
     `ssl.SSLContext.wrap_socket` takes it over in a handler that speaks STARTTLS.  Then it is a copy
@@ -269,18 +263,28 @@ def borrowed(connection: Connection) -> Generator[Any]:
     have no address to be known by.
     """
     request = connection.request
-    copy = None
-    if isinstance(request, _socket.socket) and _socket.socket.fileno(request) < 0:
-        number: int | None = connection.descriptor
-        if number is None:
-            number = getattr(request, "descriptor", None)
-        if number is not None:
-            copy = _copy(number, connection.client_address)
-    try:
-        yield request if copy is None else copy
-    finally:
-        if copy is not None:
-            copy.close()
+    # Not the method of a green or a TLS socket, here and below: that belongs to another thread.
+    if not isinstance(request, _socket.socket) or _socket.socket.fileno(request) >= 0:
+        return use(request)
+    number: int | None = connection.descriptor
+    if number is None:
+        number = getattr(request, "descriptor", None)
+    copy = None if number is None else _copy(number, connection.client_address)
+    if copy is None:
+        return use(request)
+    with closing(copy):
+        return use(copy)
+
+
+def _shut_down(connection: Connection, how: int, sock: Any) -> bool:
+    """Shut the socket of a connection down, and say whether it was open."""
+    if _socket.socket.fileno(sock) < 0:
+        return False
+    if how == _socket.SHUT_RDWR:
+        connection.was_cut = True
+    with suppress(OSError):  # the peer was faster
+        _socket.socket.shutdown(sock, how)
+    return True
 
 
 def _copy(number: int, peer: ClientAddress) -> _socket.socket | None:

@@ -17,7 +17,7 @@ from threading import Event, RLock, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from portico.connection import borrowed
+from portico.connection import borrow
 from portico.lifecycle import DrainReport, DrainTally
 from portico.traffic import is_idle, look
 
@@ -217,8 +217,7 @@ class Drain:
             self._add(connection)
             if connection in self._idle:
                 continue
-            with borrowed(connection) as sock:
-                traffic = look(sock)
+            traffic = borrow(connection, look)
             age = now - connection.accepted
             if is_idle(traffic, self._waits_to_read(connection), age):
                 with self._lock:

@@ -221,15 +221,16 @@ class Guard:
     def _leave_parent(self) -> None:
         """Forget what belongs to the process from which this one was forked.
 
-        Its locks are left alone: somebody may have held them.
+        Its locks are exchanged: another thread, which there is no more, may have held them.
         """
         self._process = os.getpid()
         self._abandon_lobby()
-        self._shedding = Lock()
+        self._choosing, self._shedding = Lock(), Lock()
         self.connections = Connections(self._note_lost)
         self.gate = self.keeper = self.drain = self.siblings = self._settings = None
         self.of_children, self.refusals = {}, {}
         self._idle, self._at_work, self._stubborn = [], [], None
+        self._row, self._next_look = None, 0.0
 
     def _abandon_lobby(self) -> None:
         """Close this process's copies of the connections that wait in its parent."""
@@ -487,9 +488,9 @@ class Guard:
         """Watch over one connection only, in a process that was forked to serve it."""
         connection = self.connections.get(request)
         self.is_in_child = True
-        siblings, self._row = self.siblings, None if connection is None else connection.row
+        siblings = self.siblings
         self._leave_parent()
-        self.siblings = siblings
+        self.siblings, self._row = siblings, None if connection is None else connection.row
         self.read_settings()
         if connection is not None:
             vars(connection).pop("gate", None)  # the parent's, where it keeps its place

@@ -51,9 +51,7 @@ class Lobby:
 
     def __init__(self, timeout: float | None) -> None:
         self.timeout = timeout
-        # Guards all that follows.  Re-entrant, because a signal handler that closes the server can
-        # interrupt the acceptor while it holds it.
-        self._lock = RLock()
+        self._lock = RLock()  # guards all that follows
         self._guests: dict[Any, Guest] = {}  # by the request; the first has been here for longest
         self._selector = selectors.DefaultSelector()
         self._is_closed = False

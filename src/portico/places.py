@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection
 from threading import Lock
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -153,11 +152,6 @@ class SharedPlaces:
         if since and monotonic_ns() - since < LOOK_AGAIN * 1e9:
             return False
         return any(self._column(Cell.AWAITS))
-
-    @property
-    def descriptor(self) -> int:
-        """What `begin_to_wait` returns."""
-        return self._bell.fileno()
 
     def _try(self) -> bool:
         cells = self._station.cells
@@ -332,8 +326,7 @@ class SharedGate(Gate):
 class SharingMixIn(_Base):
     """Accept a connection only when there is a place for it among those of all workers.
 
-    Owns `make_gate`; extends `get_request`, `pause_accepting` and `service_actions`, in front of
-    every engine.
+    Owns `make_gate`; extends `get_request` and `service_actions`, in front of every engine.
     """
 
     shared_places: SharedPlaces
@@ -363,11 +356,9 @@ class SharingMixIn(_Base):
             gate.forgo()
             raise
 
-    def pause_accepting(self, seconds: float | None = None, *, until: Collection[int] = ()) -> None:
-        """Leave clients in the backlog for a while, and for room never without looking again."""
-        if seconds is None and self.shared_places.descriptor in until:
-            seconds = LOOK_AGAIN
-        super().pause_accepting(seconds, until=until)
+    def _await_place(self, until: tuple[int, ...], seconds: float | None) -> None:
+        # Never without looking again.
+        super()._await_place(until, LOOK_AGAIN if seconds is None else seconds)
 
     @left_out_of_batches
     def service_actions(self) -> None:

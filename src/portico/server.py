@@ -637,20 +637,18 @@ class BaseServer(RequestPath):
                 return True
             self._guard.shed()
             seconds = SHED_AGAIN
-        self._await_place(room, seconds)
-        pause = self.__pause
-        if pause is not None:
-            pause.is_for_place = room in pause.descriptors
+        self._await_place((room,), seconds)
         return True
 
-    def _await_place(self, room: int, seconds: float | None) -> None:
+    def _await_place(self, until: tuple[int, ...], seconds: float | None) -> None:
         """Rest until there is a place; an engine may know what else tells of one.
 
         Args:
-            room: A descriptor that is readable as soon as there is one.
+            until: Descriptors, of which one is readable as soon as there is a place.
             seconds: After which to look again in any case; ``None`` for no limit.
         """
-        self.pause_accepting(seconds, until=(room,))
+        deadline = inf if seconds is None else time() + seconds
+        self.__pause = Pause(deadline, until, is_for_place=True)
 
     def __release_room(self) -> None:
         """Release the descriptor that tells of room, now that nobody accepts."""

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from portico.connection import borrowed
+from portico.connection import borrow
 from portico.deadlines import LONGEST_WAIT, Deadlines, Memory, Rules
 from portico.events import Deadline, DeadlineExpired, emit
 from portico.traffic import look, with_activity
@@ -58,9 +58,7 @@ class Timekeeper:
         self._deadlines = Deadlines(rules)
         self._pause = self._deadlines.first_look(0.0)
         self._rest = min(GATHERED, self._pause / 20)
-        # Guards is_asleep, _thread, and the two at the end.  Re-entrant, because a signal handler
-        # that closes the server can interrupt the acceptor while it holds it.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # guards is_asleep, _thread, and the two at the end
         self._changes: SimpleQueue[None] = SimpleQueue()  # re-entrant, which no event is
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -151,8 +149,7 @@ class Timekeeper:
             connection.next_look = self._deadlines.first_look(connection.accepted)
             if connection.next_look > now:
                 return
-        with borrowed(connection) as sock:
-            traffic = look(sock)
+        traffic = borrow(connection, look)
         if traffic.received is None:
             traffic = with_activity(traffic, self._server._activity(connection))
         waits_to_read = self._server._waits_to_read(connection)

@@ -5,6 +5,7 @@ import os
 import signal
 import socketserver
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -340,6 +341,47 @@ def test_room_for_one_child_is_noticed_without_polling(system: str, limit: str) 
             second.sendall(b"second\n")
             assert ask(first, b"first\n") == b"first\n"
             assert second.recv(64) == b"second\n"
+
+
+@pytest.mark.parametrize("limit", ["max_children", "max_connections"])
+def test_a_full_server_does_not_come_round_for_who_waits(system: str, limit: str) -> None:
+    """Only the end of a child, or of a poll interval, would bring news."""
+    spinning = threading.Event()
+
+    class Watched(Limited):
+        def service_actions(self) -> None:
+            super().service_actions()
+            if self.turns == 100:
+                spinning.set()
+
+    server = Watched()
+    setattr(server, limit, 1)
+    with nothing_left_behind(), RunningServer(server, 3600) as running, running.connect() as first:
+        eventually(lambda: server.turns, "the first has a child")
+        with running.connect() as second:
+            second.sendall(b"second\n")
+            assert not spinning.wait(0.2)
+            assert ask(first, b"first\n") == b"first\n"
+            assert second.recv(64) == b"second\n"
+
+
+@pytest.mark.parametrize("served", [0, 1])
+def test_the_end_of_a_child_forked_while_another_waits_is_noticed(system: str, served: int) -> None:
+    """Who had a place already, and speaks only now, makes room as who was served before."""
+    server = Limited()
+    server.proxy_protocol, server.max_connections = ["127.0.0.0/8"], 1 + served
+    header = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
+    with nothing_left_behind(), RunningServer(server, 3600) as running, ExitStack() as stack:
+        for _ in range(served):
+            stack.enter_context(running.connect()).sendall(header)
+        eventually(lambda: len(server.active_children or ()) == served, "these have children")
+        with running.connect() as silent, running.connect() as waiting:
+            gate: Any = server._guard.gate
+            eventually(lambda: gate.is_awaited, "a client waits for a place")
+            waiting.sendall(header + b"waiting\n")
+            silent.sendall(header)
+            assert ask(silent, b"silent\n") == b"silent\n"
+            assert waiting.recv(64) == b"waiting\n"
 
 
 def test_a_server_at_its_limit_can_be_shut_down(system: str) -> None:

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
             self, seconds: float | None = None, *, until: Collection[int] = ()
         ) -> None: ...
         def resume_accepting(self) -> None: ...  # noqa: D102
+        def _await_place(self, until: tuple[int, ...], seconds: float | None) -> None: ...
 else:
     Hooks = object
 

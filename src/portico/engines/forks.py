@@ -45,6 +45,10 @@ class ForkingMixIn(Hooks):
 
     _exits: tuple[int, ...] = ()
     # A descriptor for each child, readable when it has ended; open while we wait for one to end.
+    _rests_at_limit = False
+    # Accepting rests until there are fewer children.
+    _awaits_place = False
+    # It rests until a connection has given its place back, which the end of a child does.
 
     def collect_children(self, *, blocking: bool = False) -> None:
         """Collect the children that have ended.
@@ -56,6 +60,7 @@ class ForkingMixIn(Hooks):
         if not children:
             return
         guard = self._get_guard()
+        before = len(children)
         for child in tuple(children):  # a copy: collecting removes it from the set
             try:
                 ended, _ = os.waitpid(child, 0 if blocking else os.WNOHANG)
@@ -65,10 +70,10 @@ class ForkingMixIn(Hooks):
                 children.discard(child)
                 if guard is not None:
                     guard.note_child_end(child)
-        if len(children) < self.max_children:
-            self._leave_limit()
-        else:
+        if len(children) >= self.max_children:
             self._rest_at_limit()
+        elif self._rests_at_limit or (self._awaits_place and len(children) < before):
+            self._end_rest()
 
     def handle_timeout(self) -> None:
         """Collect the children that have ended."""
@@ -105,6 +110,8 @@ class ForkingMixIn(Hooks):
         self.close_request(request)  # not shut down: the child uses the same connection
         if len(self.active_children) >= self.max_children:
             self._rest_at_limit()
+        elif self._awaits_place:  # and not yet for the end of this one
+            self._end_rest()
 
     def server_close(self) -> None:
         """Close the listener, then wait for the children as `block_on_close` says."""
@@ -150,28 +157,30 @@ class ForkingMixIn(Hooks):
         if pause_accepting is None:
             return
         self._close_exits()
+        self._rests_at_limit, self._awaits_place = True, False
         self._exits = _open_exits(self.active_children or ())
         if self._exits:
             pause_accepting(until=self._exits)
         else:
             pause_accepting(LOOK_INTERVAL)
 
-    def _await_place(self, room: int, seconds: float | None) -> None:
+    def _await_place(self, until: tuple[int, ...], seconds: float | None) -> None:
         """Rest until there is a place: that of a child is free when it has been collected."""
         self.collect_children()
         children = self.active_children or ()
         if children and len(children) >= self.max_children:
-            return  # so we rest already
+            return  # with this look at the children, a rest at the limit has begun
         self._close_exits()
+        self._rests_at_limit, self._awaits_place = False, True
         self._exits = _open_exits(children)
         if children and not self._exits:
             seconds = LOOK_INTERVAL
-        self.pause_accepting(seconds, until=(room, *self._exits))
+        super()._await_place((*until, *self._exits), seconds)
 
-    def _leave_limit(self) -> None:
-        if self._exits:
-            self.resume_accepting()
-            self._close_exits()
+    def _end_rest(self) -> None:
+        self._rests_at_limit = self._awaits_place = False
+        self.resume_accepting()
+        self._close_exits()
 
     def _close_exits(self) -> None:
         # Taken away in one step: the loop may be here while another thread closes the server, and

@@ -159,9 +159,7 @@ class Pool:
     def __init__(self, server: Any) -> None:
         """Make a pool without workers."""
         self._server = server
-        # Guards all that follows, and each worker's `task`.  Re-entrant, because a signal handler
-        # that closes the server can interrupt the acceptor while it holds it.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # guards all that follows, and each worker's `task`
         self._changed = threading.Condition(self._lock)  # there is room, or a worker left
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # the last one served last

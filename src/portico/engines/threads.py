@@ -24,9 +24,7 @@ class _Threads(list[threading.Thread]):
 
     def __init__(self, threads: Iterable[threading.Thread] = ()) -> None:
         super().__init__(threads)
-        # Guards the list against two that reap at once.  Re-entrant, because a signal handler that
-        # closes the server can interrupt the thread that holds it.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # guards the list against two that reap at once
         self._reap_at = REAP_AT
 
     def append(self, thread: threading.Thread) -> None:

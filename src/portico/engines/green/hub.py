@@ -285,9 +285,8 @@ class Hub(asyncio.SelectorEventLoop):
         """Leave the parent's hub alone; called in a child process, perhaps by a greenlet."""
         self.is_forked = True
         self.greenlet, self.switch = NOBODY, NOBODY.switch
-        self.sending = (
-            Lock()
-        )  # another thread, which there is no more, may have held the one before
+        # Another thread, which there is no more, may have held the one before.
+        self.sending = Lock()
         for outbox in self.unsent:
             outbox.leave_to_parent()
         self.unsent.clear()
