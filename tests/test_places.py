@@ -595,6 +595,7 @@ def test_who_leaves_clients_to_others_learns_that_it_leads_no_more(counters: Cou
 def test_connections_that_stay_are_shared() -> None:
     """Although the worker that the system woke first would be fast enough for all of them."""
     with closing(Workers(2, engine="green")) as workers, ExitStack() as stack:
+        eventually(lambda: workers.counters.beating(1) == 2, "each counts on the other")
         served_by: Counter[bytes] = Counter()
         for _ in range(400):  # the second may not have begun to serve with the first of them
             client = stack.enter_context(socket.create_connection(workers.where, PATIENCE))
