@@ -59,9 +59,14 @@ def say(text: str) -> None:
     show(f"portico: {text}\n")
 
 
-def show(text: str) -> None:
-    """Write a text, such as a traceback, to standard error as it is; as `say` otherwise."""
-    _put(sys.stderr, text)
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Write a text, such as a traceback, to standard error as it is; as `say` otherwise.
+
+    Args:
+        text: It, with the end of its last line.
+        stream: Another one in the place of standard error.
+    """
+    _put(sys.stderr if stream is None else stream, text)
 
 
 class LogConsole(logging.StreamHandler[TextIO]):

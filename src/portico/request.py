@@ -167,7 +167,7 @@ class RequestPath:
             return
         line = "-" * 40
         told = f"Exception occurred during processing of request from {client_address}"
-        show(f"{line}\n{told}\n{traceback.format_exc()}{line}\n")
+        show(f"{line}\n{told}\n{traceback.format_exc()}{line}\n", sys.stderr)
 
     # --- how a request ends ---------------------------------------------------------------
 
