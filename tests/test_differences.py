@@ -7,6 +7,8 @@ Both halves are run, and the second is expected to fail, so that a row of
 from __future__ import annotations
 
 import errno
+import os
+import select
 import socket
 import socketserver
 import ssl
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import portico
+from portico import console
 
 if TYPE_CHECKING:
     from tests.tls import Authority
@@ -95,6 +98,28 @@ def finishes(call: Callable[[], object], seconds: float) -> bool:
     thread.start()
     thread.join(seconds)
     return not thread.is_alive()
+
+
+def fail(request: object, client_address: object, server: object) -> None:
+    raise ZeroDivisionError
+
+
+@contextmanager
+def stopped_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have a standard error that is full, until the block ends and its reader goes away."""
+    monkeypatch.setattr(console._lost, "count", 0)  # put back at the end
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * select.PIPE_BUF)
+    os.set_blocking(writer, True)
+    with suppress(BrokenPipeError), os.fdopen(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        try:
+            yield
+        finally:
+            os.close(reader)
 
 
 # --- the backlog and the loop -----------------------------------------------------------
@@ -407,6 +432,16 @@ def test_a_request_in_a_thread_sees_the_context_variables_of_the_caller(module: 
 
 
 # --- peers that go away -----------------------------------------------------------------
+
+
+@differs
+def test_a_reader_of_standard_error_that_has_stopped_stops_nobody(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = module.TCPServer(("127.0.0.1", 0), fail)
+    with serving(server), stopped_reader(monkeypatch):
+        with socket.create_connection(server.server_address, bound(module)) as client:
+            assert client.recv(64) == b""
 
 
 @differs

@@ -30,6 +30,7 @@ from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.pidfile import PidFile
 from portico.settings import Auto
+from portico.signals import caught
 
 WAITING: Final = "waiting for a change"
 
@@ -253,12 +254,8 @@ class Reloader:
         heard = [*STOPPING, *OBEYED, signal.SIGCHLD]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup arranges it
             heard.remove(signal.SIGHUP)
-        before = {number: signal.signal(number, note) for number in heard}
-        try:
+        with caught(heard, note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _said(error: Exception) -> str:

@@ -167,6 +167,7 @@ class RequestPath:
             return
         line = "-" * 40
         told = f"Exception occurred during processing of request from {client_address}"
+        # The `sys` of this module, in whose place a program may have put another.
         show(f"{line}\n{told}\n{traceback.format_exc()}{line}\n", sys.stderr)
 
     # --- how a request ends ---------------------------------------------------------------

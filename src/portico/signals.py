@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Final, Self
 
@@ -104,6 +104,19 @@ class Wish:
         What it says then may have to wait for whoever listens.
         """
         self._since = time.monotonic()
+
+
+@contextmanager
+def caught(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
+) -> Generator[None]:
+    """Have a handler for signals while the block runs, and then the earlier ones again."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def do_nothing(number: int, frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from math import ceil
@@ -33,6 +33,7 @@ from portico.handover import Heritage
 from portico.listener import OpenListener
 from portico.listeners import Listeners
 from portico.service import STOP_PATIENCE, STOP_SIGNALS, Service
+from portico.signals import caught
 from portico.succession import Succession
 from portico.systemd import Notifier
 
@@ -78,7 +79,7 @@ class Soloist:
 
     def run(self) -> bool:
         """Serve; return whether handlers are left behind."""
-        with _caught(OBEYED, self._note), _caught(STOP_SIGNALS, self._note_stop):
+        with caught(OBEYED, self._note), caught(STOP_SIGNALS, self._note_stop):
             try:
                 return self._serve()
             except _Stopped as stopped:
@@ -165,7 +166,7 @@ class Soloist:
             target=self._listen, args=(serving, pairs), name="signals", daemon=True
         )
         serving.on_stop = partial(self._tell, STOPPING)
-        with _caught(OBEYED, self._note):  # again: the target may have taken them for itself
+        with caught(OBEYED, self._note):  # again: the target may have taken them for itself
             ear.start()
             try:
                 yield
@@ -219,19 +220,6 @@ class Soloist:
 
 class _Stopped(BaseException):
     """A signal has come before anything is served; not for those who catch `Exception`."""
-
-
-@contextmanager
-def _caught(
-    numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
-) -> Generator[None]:
-    """Have a handler for signals while the block runs."""
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 def _renew_certificates(serving: Service) -> None:
