@@ -37,7 +37,7 @@ pytestmark = pytest.mark.long
 
 IDLE = 1000
 BUSY = 200
-TIMEOUT = 8.0
+TIMEOUT = 5.0
 """Seconds that the busy ones have: far more than they need."""
 
 SOON = 0.5
