@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import portico
 from portico import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
 from tests.support import RunningServer, connect, nothing_left_behind, received, reset
 
@@ -421,3 +422,16 @@ def test_a_server_whose_socket_was_closed_behind_its_back_can_be_shut_down() -> 
         running.server.socket.close()
         running.shutdown()
         assert running.wait_ended() is None
+
+
+def test_a_handler_can_be_asked_for_without_a_listener() -> None:
+    """As programs do that test their handlers, on a server that was never bound."""
+    served: list[object] = []
+
+    class Unbound(TCPServer):
+        def __init__(self) -> None:
+            portico.BaseServer.__init__(self, ("127.0.0.1", 0), lambda *given: served.append(given))
+
+    server = Unbound()
+    server.finish_request("request", "somebody")
+    assert served == [("request", "somebody", server)]

@@ -250,10 +250,11 @@ class TCPServer(BaseServer):
         Where a program's own hooks left out `serve_request`, what it does first is done here: the
         PROXY header, the TLS handshake, and `verify_request` if that had to wait for them.
         """
+        # A program may ask for a handler without ever having a listener.
         if (
             self.ssl_context is None
             and self.proxy_protocol is None
-            and type(self.socket) is _Socket
+            and type(self.__dict__.get("socket")) is _Socket
         ) or self._is_prepared(request, client_address):
             self.RequestHandlerClass(request, client_address, self)
         else:
